@@ -1,0 +1,230 @@
+"""The packed format of bit-nested weights: the one place that knows where every bit lies.
+
+A weight of shape (..., N, K) is stored once, as a 4-bit truncation code whose k most significant
+bits are the k-bit code. The bits lie in three planes, and every width has its own affine floats:
+
+    plane_2  uint8 (..., N, K/4)     the two most significant bits, weight 4i+j of byte i at bits 2j
+    theta_2  int16 (..., N, G, 2)    bit patterns of fp16 (scale, zero) of the 2-bit weight
+    plane_3  uint8 (..., N, K/8)     the third bit, least significant bit first
+    theta_3  int16 (..., N, G, 2)
+    plane_4  uint8 (..., N, K/8)     the fourth bit
+    theta_4  int16 (..., N, G, 2)
+
+in this order, so that a k-bit load is a prefix. `W_k = scale_k * code_k + zero_k`, in float32.
+
+The file needs torch and nothing else: it is copied into artifacts beside the modeling code.
+
+Shapes: N output rows, K inputs, G groups along the inputs; "..." any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+LAYOUT_VERSION = 1
+WIDTHS = (2, 3, 4)
+STORED_BITS = 4
+_PLANE_BITS = {2: 2, 3: 1, 4: 1}
+_FLOAT_BYTES = 4  # one fp16 scale and one fp16 zero
+
+
+def check_shape(inputs: int, group_size: int) -> int:
+    """Return the number of groups of `inputs` weights.
+
+    Args:
+        inputs: K, length of a row.
+        group_size: weights that share a scale and a zero.
+
+    Raises:
+        ValueError: K is not a positive multiple of 8 and of `group_size`.
+    """
+    if inputs <= 0 or inputs % 8:
+        raise ValueError(f"K {inputs} is not a positive multiple of 8 (group_size {group_size})")
+    if group_size <= 0 or inputs % group_size:
+        raise ValueError(f"group_size {group_size} does not divide K {inputs}")
+    return inputs // group_size
+
+
+def check_bits(bits: int, widths: Sequence[int] = WIDTHS) -> None:
+    """Raise ValueError unless `bits` is one of `widths`."""
+    if bits not in widths:
+        raise ValueError(f"bits {bits} is not one of the stored widths {list(widths)}")
+
+
+def pack(codes: Tensor) -> dict[str, Tensor]:
+    """Split 4-bit codes into planes.
+
+    Args:
+        codes: uint8 (..., N, K), values 0..15, K a multiple of 8.
+
+    Returns:
+        {"plane_2": (..., N, K/4), "plane_3": (..., N, K/8), "plane_4": (..., N, K/8)}, uint8.
+
+    Raises:
+        ValueError: wrong dtype, a value above 15, or K not a multiple of 8.
+    """
+    if codes.dtype != torch.uint8:
+        raise ValueError(f"codes are {codes.dtype}, accepted: torch.uint8")
+    check_shape(codes.shape[-1], codes.shape[-1])
+    if codes.numel() and int(codes.max()) >= 1 << STORED_BITS:
+        raise ValueError(f"codes hold {int(codes.max())}, accepted: 0 to {(1 << STORED_BITS) - 1}")
+    return {
+        f"plane_{width}": _pack_bits((codes >> (STORED_BITS - width)) & ((1 << bits) - 1), bits)
+        for width, bits in _PLANE_BITS.items()
+    }
+
+
+def unpack(planes: Mapping[str, Tensor], bits: int) -> Tensor:
+    """Read the codes of one width; planes of higher widths may be absent.
+
+    Args:
+        planes: at least plane_2 .. plane_`bits`.
+        bits: 2, 3 or 4.
+
+    Returns:
+        uint8 (..., N, K), values 0 .. 2^bits - 1.
+
+    Raises:
+        ValueError: `bits` is not 2, 3 or 4, or a plane is missing.
+    """
+    check_bits(bits)
+    codes: Tensor | None = None
+    for width, plane_bits in _PLANE_BITS.items():
+        if width > bits:
+            break
+        if f"plane_{width}" not in planes:
+            raise ValueError(f"plane_{width} is missing, needed for {bits} bits")
+        part = _unpack_bits(planes[f"plane_{width}"], plane_bits)
+        codes = part if codes is None else codes.bitwise_left_shift_(plane_bits).bitwise_or_(part)
+    assert codes is not None
+    return codes
+
+
+def encode_theta(scale: Tensor, zero: Tensor) -> Tensor:
+    """Store scale and zero as the bit patterns of float16.
+
+    int16 rather than float16, so that no loader casts them to the dtype of the model.
+
+    Args:
+        scale: float (..., N, G).
+        zero: float (..., N, G).
+
+    Returns:
+        int16 (..., N, G, 2).
+
+    Raises:
+        ValueError: a value is NaN, or outside the range of float16 (largest 65504).
+    """
+    theta = torch.stack([scale, zero], dim=-1)
+    half = theta.to(torch.float16)
+    if not torch.isfinite(half).all():
+        worst = theta.abs().max().item()
+        raise ValueError(f"scale or zero {worst:g} does not fit float16, accepted: up to 65504")
+    return half.view(torch.int16)
+
+
+def decode_theta(theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of `encode_theta`: int16 (..., N, G, 2) to float32 scale and zero (..., N, G)."""
+    values = theta.view(torch.float16).float()
+    return values[..., 0], values[..., 1]
+
+
+def affine(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Return scale * code + zero in float32; every decoder rounds as this function does.
+
+    Args:
+        codes: uint8 (..., N, K), codes of one width.
+        scale: float32 (..., N, G).
+        zero: float32 (..., N, G).
+    """
+    grouped = codes.unflatten(-1, (scale.shape[-1], -1)).float()
+    return grouped.mul_(scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).flatten(-2)
+
+
+def dequantize(parts: Mapping[str, Tensor], bits: int) -> Tensor:
+    """Weights at one width: float32 (..., N, K).
+
+    Args:
+        parts: planes up to `bits` and theta_`bits`.
+        bits: 2, 3 or 4.
+
+    Raises:
+        ValueError: a part is missing, or `bits` is not 2, 3 or 4.
+    """
+    codes = unpack(parts, bits)
+    if f"theta_{bits}" not in parts:
+        raise ValueError(f"theta_{bits} is missing, needed for {bits} bits")
+    return affine(codes, *decode_theta(parts[f"theta_{bits}"]))
+
+
+def segment_names(bits: int, widths: Sequence[int] = WIDTHS) -> tuple[str, ...]:
+    """Suffixes of the tensors that a `bits`-wide load needs, in file order.
+
+    Planes are cumulative, floats are not: 3 bits need ("plane_2", "plane_3", "theta_3").
+
+    Raises:
+        ValueError: `bits` is not one of `widths`.
+    """
+    check_bits(bits, widths)
+    return (*(f"plane_{width}" for width in _PLANE_BITS if width <= bits), f"theta_{bits}")
+
+
+def stored_names(widths: Sequence[int] = WIDTHS) -> tuple[str, ...]:
+    """Suffixes of all tensors of a weight that serves `widths`, in file order."""
+    names: list[str] = []
+    for width in WIDTHS:
+        if width <= max(widths):
+            names.append(f"plane_{width}")
+        if width in widths:
+            names.append(f"theta_{width}")
+    return tuple(names)
+
+
+def part_shape(name: str, shape: Sequence[int], group_size: int) -> tuple[int, ...]:
+    """Shape of the part `name` ("plane_3", "theta_2" …) of a weight of shape (..., N, K)."""
+    kind, _, width = name.partition("_")
+    groups = check_shape(shape[-1], group_size)
+    if kind == "theta":
+        return (*shape[:-1], groups, 2)
+    return (*shape[:-1], shape[-1] * _PLANE_BITS[int(width)] // 8)
+
+
+def loaded_bytes(shape: Sequence[int], group_size: int, bits: int) -> int:
+    """Bytes that a `bits`-wide load of a weight of shape (..., N, K) holds, floats included."""
+    return _bytes(segment_names(bits), shape, group_size)
+
+
+def stored_bytes(shape: Sequence[int], group_size: int, widths: Sequence[int] = WIDTHS) -> int:
+    """Bytes of a weight of shape (..., N, K) in the file, all planes and floats of `widths`."""
+    return _bytes(stored_names(widths), shape, group_size)
+
+
+def bits_per_weight(shape: Sequence[int], group_size: int, bits: int) -> float:
+    """Bits that one weight costs in memory when loaded at `bits`, floats included."""
+    return 8 * loaded_bytes(shape, group_size, bits) / prod(shape)
+
+
+def _bytes(names: Sequence[str], shape: Sequence[int], group_size: int) -> int:
+    total = 0
+    for name in names:
+        count = prod(part_shape(name, shape, group_size))
+        total += count * (_FLOAT_BYTES // 2 if name.startswith("theta") else 1)
+    return total
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
+
+
+def _pack_bits(values: Tensor, bits: int) -> Tensor:
+    lanes = values.unflatten(-1, (-1, 8 // bits)) << _shifts(bits, values.device)
+    return lanes.sum(dim=-1, dtype=torch.uint8)  # the lanes do not overlap, so sum is bitwise or
+
+
+def _unpack_bits(plane: Tensor, bits: int) -> Tensor:
+    lanes = (plane.unsqueeze(-1) >> _shifts(bits, plane.device)) & ((1 << bits) - 1)
+    return lanes.flatten(-2)

@@ -1,0 +1,180 @@
+"""The alternation on a chunk of rows: starts, coordinate descent, float steps, fresh proposals.
+
+Shapes: B layers, O output rows, I inputs, G groups, W widths, S stacked copies of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fissile.quant.floats import refit
+from fissile.quant.integers import Floats, Levels, Noise, descend, start
+from fissile.quant.metric import Metric, take
+from fissile.quant.ranges import initial_floats, search
+
+Effort = Literal["fast", "balanced", "best"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much work a solve does.
+
+    Attributes:
+        shrinks: range candidates, factors of the min-max half-range.
+        multipliers: greedy starts; how far each grid reaches, in units of the searched range.
+        alternations: rounds of coordinate descent and float step.
+        sweeps: descent passes a round.
+        retries: rounds that first propose new codes for the floats found so far: a greedy start
+            and `samples` sampled ones (Klein), each polished by one descent pass.
+        samples: sampled proposals a retry.
+    """
+
+    shrinks: tuple[float, ...]
+    multipliers: tuple[float, ...]
+    alternations: int
+    sweeps: int
+    retries: int
+    samples: int
+
+    @property
+    def copies(self) -> int:
+        """Most copies of the rows that are alive at once."""
+        return max(len(self.multipliers), 1 + self.samples if self.retries else 1)
+
+
+PLANS: dict[str, Plan] = {
+    "fast": Plan((0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0), (1.0,), 1, 1, 0, 0),
+    "balanced": Plan(tuple(x / 20 for x in range(5, 23, 2)), (1.0,), 3, 1, 3, 1),
+    "best": Plan(tuple(x / 20 for x in range(5, 23)), (1.0, 1.12), 6, 1, 6, 5),
+}
+# Found on correlated synthetic layers: 0.003 samples too little, 0.1 too much, flat between.
+TEMPERATURE = 0.02
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Codes (columns in visiting order), floats and objective of the rows of a chunk."""
+
+    codes_BIO: Tensor
+    floats: Floats
+    objective_BO: Tensor
+
+    def better(self, other: State) -> State:
+        """Row by row the state with the lower objective, this one on a tie."""
+        keep_BO = self.objective_BO <= other.objective_BO
+        return State(
+            torch.where(keep_BO[:, None], self.codes_BIO, other.codes_BIO),
+            self.floats.where(keep_BO, other.floats),
+            torch.where(keep_BO, self.objective_BO, other.objective_BO),
+        )
+
+    def unstack(self, copies: int) -> list[State]:
+        """Undo the stacking of copies along the rows."""
+        return [
+            State(codes, Floats(scale, zero), objective)
+            for codes, scale, zero, objective in zip(
+                self.codes_BIO.chunk(copies, dim=-1),
+                self.floats.scale_BGWO.chunk(copies, dim=-1),
+                self.floats.zero_BGWO.chunk(copies, dim=-1),
+                self.objective_BO.chunk(copies, dim=-1),
+                strict=True,
+            )
+        ]
+
+
+class Alternation:
+    """Solves rows of a batch of layers against one metric.
+
+    Args:
+        weight_BOI: float32, the rows.
+        metric: prepared Hessians.
+        levels: widths and weights.
+        plan: how much work to do.
+        seed: of the sampled proposals.
+    """
+
+    def __init__(
+        self, weight_BOI: Tensor, metric: Metric, levels: Levels, plan: Plan, seed: int
+    ) -> None:
+        self._weight_BOI, self._metric, self._levels, self._plan = weight_BOI, metric, levels, plan
+        # Rows last: operations on a column then run over contiguous memory.
+        self._weight_BIO = take(weight_BOI.transpose(1, 2).contiguous(), metric.order_BI)
+        self._generator = torch.Generator(weight_BOI.device).manual_seed(seed)
+
+    def run(self) -> tuple[State, list[Tensor]]:
+        """Return the final state and the objective (B, O) after every step, never rising."""
+        state = self._start()
+        history = [state.objective_BO]
+        for index in range(self._plan.alternations):
+            if index < self._plan.retries:
+                state = _best([state, *self._proposals(state)])
+                history.append(state.objective_BO)
+            codes_BIO = descend(
+                self._weight_BIO,
+                self._metric,
+                self._levels,
+                state.floats,
+                state.codes_BIO,
+                self._plan.sweeps,
+            )
+            state = state.better(self._fitted(self._weight_BOI, codes_BIO, state.floats))
+            history.append(state.objective_BO)
+        return state, history
+
+    def _start(self) -> State:
+        """Greedy starts from several ranges, fitted; the best of each row."""
+        diagonal_BI = self._metric.h_BII.diagonal(dim1=1, dim2=2)
+        ranges = search(
+            self._weight_BOI,
+            diagonal_BI,
+            self._levels,
+            self._metric.group_size,
+            self._plan.shrinks,
+        )
+        grids = _stack([initial_floats(*ranges, self._levels, m) for m in self._plan.multipliers])
+        copies = len(self._plan.multipliers)
+        codes_BIO = start(_repeat(self._weight_BIO, copies, 2), self._metric, self._levels, grids)
+        fitted = self._fitted(_repeat(self._weight_BOI, copies, 1), codes_BIO, grids)
+        return _best(fitted.unstack(copies))
+
+    def _proposals(self, state: State) -> list[State]:
+        """New codes for the floats of `state`: one greedy, the others sampled."""
+        copies = 1 + self._plan.samples
+        weight_BIO = _repeat(self._weight_BIO, copies, 2)
+        floats = _stack([state.floats] * copies)
+        noise = None
+        if self._plan.samples:
+            inputs, codes = weight_BIO.shape[1], self._levels.value_WQ.shape[1]
+            noise = Noise.draw(inputs, codes, copies, TEMPERATURE, self._generator)
+        codes_BIO = start(weight_BIO, self._metric, self._levels, floats, noise)
+        # Unpolished proposals lose against codes that have been through a descent.
+        codes_BIO = descend(weight_BIO, self._metric, self._levels, floats, codes_BIO, sweeps=1)
+        return self._fitted(_repeat(self._weight_BOI, copies, 1), codes_BIO, floats).unstack(copies)
+
+    def _fitted(self, weight_BOI: Tensor, codes_BIO: Tensor, floats: Floats) -> State:
+        fit = refit(weight_BOI, self._metric, self._levels, floats, codes_BIO)
+        objective_BO = torch.einsum("w,wbo->bo", self._levels.weight_W.double(), fit.after_WBO)
+        return State(codes_BIO, fit.floats, objective_BO)
+
+
+def _best(states: Sequence[State]) -> State:
+    best = states[0]
+    for state in states[1:]:
+        best = best.better(state)
+    return best
+
+
+def _repeat(x: Tensor, copies: int, dim: int) -> Tensor:
+    return x if copies == 1 else torch.cat([x] * copies, dim=dim)
+
+
+def _stack(floats: Sequence[Floats]) -> Floats:
+    return Floats(
+        torch.cat([f.scale_BGWO for f in floats], dim=-1),
+        torch.cat([f.zero_BGWO for f in floats], dim=-1),
+    )

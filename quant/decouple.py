@@ -1,0 +1,208 @@
+"""decoupleQ on nested codes: integers and floats of all widths, alternately, until neither helps.
+
+Minimises, row by row,
+
+    J = sum_k lambda_k (W_k - W) H (W_k - W)^T,    W_k = scale_k code_k + zero_k a group,
+
+where code_k are the k most significant bits of one code, H is normalised by its mean diagonal and
+damped once, and lambda_k = 4^k omega_k. Every step keeps the better of old and new per row, so J
+of a row never rises. With one width this is decoupleQ (arXiv 2404.12759) with static groups, box
+constrained descent and additive float zeros.
+
+Shapes: B layers (experts) of equal shape, O output rows, I inputs, G groups, W widths, S steps,
+R rows of a stack of starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fissile.kernels import layout
+from fissile.quant.alternate import PLANS, Alternation, Effort, Plan, State
+from fissile.quant.floats import loss_rows
+from fissile.quant.integers import Levels
+from fissile.quant.metric import prepare, take
+from fissile.quant.nested import NestedWeight
+from fissile.quant.ranges import half_steps
+from fissile.quant.rows import slices
+
+# Bounds on what one pass keeps alive, in float32 values: Hessians of a batch, errors of its rows.
+_HESSIAN_VALUES = 1 << 24
+_ERROR_VALUES = 1 << 25
+
+
+@torch.no_grad()
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    widths: Sequence[int] = (2, 3, 4),
+    group_size: int = 64,
+    omega: Mapping[int, float] | None = None,
+    effort: Effort = "balanced",
+    damp: float = 0.01,
+    seed: int = 0,
+) -> NestedWeight:
+    """Quantize one weight, or a batch of equal shape, to a bit-nested code.
+
+    Args:
+        weight: float (O, I), or (B, O, I) for B layers solved in one go.
+        hessian: float (I, I) or (B, I, I), mean of x x^T over the inputs; any scale. Zeros mean
+            that nothing is known of the inputs: plain squared error.
+        widths: ascending subset of (2, 3, 4). One width is the dedicated mode: a k-bit code,
+            stored shifted left by 4 - k.
+        group_size: inputs that share a scale and a zero; divides I, and I is a multiple of 8.
+        omega: weight of each width's loss, relative to 4^width; default {2: 4, 3: 1, 4: 1}.
+        effort: how many starts and alternations, see `PLANS`.
+        damp: ridge in units of the mean diagonal of the Hessian.
+        seed: of the sampled starts; the result is a function of the arguments.
+
+    Returns:
+        NestedWeight with the leading dimension of `weight`, if any; scales are not negative.
+
+    Raises:
+        ValueError: shapes, widths or options that do not fit, values that are not finite, a
+            Hessian that is far from positive semi-definite, or weights outside float16.
+    """
+    weights = dict(omega or {2: 4.0, 3: 1.0, 4: 1.0})
+    _check(weight, hessian, tuple(widths), group_size, weights, effort, damp)
+    single = weight.dim() == 2
+    weight_BOI = weight.reshape(-1, *weight.shape[-2:])
+    hessian_BII = hessian.reshape(-1, *hessian.shape[-2:])
+    levels = Levels.build(tuple(widths), weights, weight.device)
+    inputs = weight.shape[-1]
+    solved = [
+        _solve_batch(
+            weight_BOI[part], hessian_BII[part], levels, group_size, PLANS[effort], damp, seed
+        )
+        for part in slices(len(weight_BOI), max(1, _HESSIAN_VALUES // inputs**2))
+    ]
+    result = _concat(solved, dim=0)
+    return _squeezed(result) if single else result
+
+
+def _solve_batch(
+    weight_BOI: Tensor,
+    hessian_BII: Tensor,
+    levels: Levels,
+    group_size: int,
+    plan: Plan,
+    damp: float,
+    seed: int,
+) -> NestedWeight:
+    metric = prepare(hessian_BII, group_size, damp)
+    batch, rows, inputs = weight_BOI.shape
+    per_row = batch * inputs * len(levels.widths) * plan.copies
+    solved = []
+    for part in slices(rows, max(64, _ERROR_VALUES // per_row)):
+        chunk_BOI = weight_BOI[:, part].float().contiguous()
+        state, history = Alternation(chunk_BOI, metric, levels, plan, seed).run()
+        nested = _assemble(state, history, metric.inverse_BI, levels, group_size)
+        solved.append(with_loss(nested, chunk_BOI, hessian_BII))
+    return _concat(solved, dim=1)
+
+
+def _assemble(
+    state: State, history: list[Tensor], inverse_BI: Tensor, levels: Levels, group_size: int
+) -> NestedWeight:
+    """Codes in natural order, shifted to 4 bits; floats of the uncentred codes."""
+    shift = layout.STORED_BITS - levels.widths[-1]
+    codes_BOI = take(state.codes_BIO, inverse_BI).transpose(1, 2).contiguous() << shift
+    scale, zero = {}, {}
+    for w, half_step in enumerate(half_steps(levels).tolist()):
+        width = levels.widths[w]
+        scale[width] = state.floats.scale_BGWO[:, :, w].transpose(1, 2).contiguous()
+        centred = state.floats.zero_BGWO[:, :, w].transpose(1, 2)
+        # Rounding again removes the last-bit error of centring: the value was a float16 before.
+        zero[width] = (centred - scale[width] * half_step).half().float()
+    return NestedWeight(
+        codes_BOI, scale, zero, levels.widths, group_size, history=torch.stack(history)
+    )
+
+
+def with_loss(nested: NestedWeight, weight: Tensor, hessian: Tensor) -> NestedWeight:
+    """The same weight with `loss` measured on what it decodes to, H as given.
+
+    Args:
+        nested: codes (..., O, I).
+        weight: float32 (..., O, I), the original.
+        hessian: float (..., I, I).
+    """
+    shape = (-1, *weight.shape[-2:])
+    hessian_BII = hessian.reshape(-1, *hessian.shape[-2:])
+    losses = {}
+    for width in nested.widths:
+        error_BOI = nested.dequantize(width).sub_(weight).reshape(shape)
+        losses[width] = loss_rows(error_BOI, hessian_BII).float().reshape(weight.shape[:-1])
+    return replace(nested, loss=losses)
+
+
+def _concat(parts: list[NestedWeight], dim: int) -> NestedWeight:
+    """Join chunks along layers (0) or rows (1)."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+
+    def joined(name: str) -> dict[int, Tensor]:
+        return {k: torch.cat([getattr(p, name)[k] for p in parts], dim) for k in first.widths}
+
+    return NestedWeight(
+        torch.cat([p.codes for p in parts], dim),
+        joined("scale"),
+        joined("zero"),
+        first.widths,
+        first.group_size,
+        joined("loss"),
+        torch.cat([p.history for p in parts], dim + 1),
+    )
+
+
+def _squeezed(nested: NestedWeight) -> NestedWeight:
+    """Drop the leading dimension of one layer."""
+
+    def first(values: dict[int, Tensor]) -> dict[int, Tensor]:
+        return {k: x[0] for k, x in values.items()}
+
+    return replace(
+        nested,
+        codes=nested.codes[0],
+        scale=first(nested.scale),
+        zero=first(nested.zero),
+        loss=first(nested.loss),
+        history=nested.history[:, 0] if nested.history.numel() else nested.history,
+    )
+
+
+def _check(
+    weight: Tensor,
+    hessian: Tensor,
+    widths: tuple[int, ...],
+    group_size: int,
+    omega: Mapping[int, float],
+    effort: str,
+    damp: float,
+) -> None:
+    if weight.dim() not in (2, 3) or hessian.shape != (*weight.shape[:-2], *weight.shape[-1:] * 2):
+        raise ValueError(
+            f"weight {tuple(weight.shape)} and hessian {tuple(hessian.shape)} do not fit, "
+            "accepted: (O, I) with (I, I), or (B, O, I) with (B, I, I)"
+        )
+    if weight.numel() == 0:
+        raise ValueError(f"weight {tuple(weight.shape)} is empty")
+    layout.check_shape(weight.shape[-1], group_size)
+    if not widths or widths != tuple(k for k in layout.WIDTHS if k in widths):
+        raise ValueError(f"widths {list(widths)}, accepted: ascending, of {list(layout.WIDTHS)}")
+    for k in widths:
+        if not omega.get(k, 0) > 0:
+            raise ValueError(f"omega of width {k} is {omega.get(k)}, accepted: above 0")
+    if effort not in PLANS:
+        raise ValueError(f"effort {effort!r}, accepted: {', '.join(PLANS)}")
+    if not damp > 0:
+        raise ValueError(f"damp {damp}, accepted: above 0")
+    for name, tensor in (("weight", weight), ("hessian", hessian)):
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds a value that is not finite")

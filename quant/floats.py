@@ -1,0 +1,181 @@
+"""Float step: the scales and zeros of all groups of a row, solved together for fixed integers.
+
+The groups are coupled through H, so each row and width is one linear system in 2G unknowns.
+Its matrix is built from block sums of C H C and never by expanding the design matrix.
+
+Shapes: B layers, n rows of a chunk, O output rows, I inputs, G groups, g inputs a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fissile.quant.integers import Floats, Levels
+from fissile.quant.metric import Metric, take
+from fissile.quant.ranges import half_steps, round_floats
+from fissile.quant.rows import row_chunks
+
+_RIDGES = (1e-6, 1e-3)  # of the diagonal; the second for rows whose system is singular in float32
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Outcome of a float step.
+
+    Attributes:
+        floats: the better of old and new, per row and width, rounded to float16.
+        before_WBO: float64, loss of each width with the old floats.
+        after_WBO: float64, loss with the returned floats; never above `before_WBO`.
+    """
+
+    floats: Floats
+    before_WBO: Tensor
+    after_WBO: Tensor
+
+
+def refit(
+    weight_BOI: Tensor, metric: Metric, levels: Levels, floats: Floats, codes_BIO: Tensor
+) -> Fit:
+    """Least-squares scales and zeros of every width, rounded, kept per row where they help.
+
+    Args:
+        weight_BOI: float32, natural column order.
+        metric: prepared Hessians; losses are in its units.
+        levels: widths and weights.
+        floats: the maps to start from.
+        codes_BIO: uint8, columns in visiting order.
+    """
+    codes_BOI = take(codes_BIO, metric.inverse_BI).transpose(1, 2)
+    ones_BGG = metric.h_ones_BIG.unflatten(1, (-1, metric.group_size)).sum(2)
+    scale, zero = floats.scale_BGWO.clone(), floats.zero_BGWO.clone()
+    shape = (len(levels.widths), *weight_BOI.shape[:2])
+    before_WBO = torch.empty(shape, dtype=torch.float64, device=weight_BOI.device)
+    after_WBO = torch.empty_like(before_WBO)
+    batch, rows, inputs = weight_BOI.shape
+    for part in row_chunks(rows, batch * inputs, weight_BOI.device):
+        codes = codes_BOI[:, part].contiguous().int().flatten()
+        for w, half_step in enumerate(half_steps(levels).split(1)):
+            value = levels.value_WQ[w].index_select(0, codes).view(batch, -1, inputs)
+            old = (scale[:, :, w, part].transpose(1, 2), zero[:, :, w, part].transpose(1, 2))
+            system = _system(value, weight_BOI[:, part], metric, ones_BGG, *old)
+            new_scale, new_zero, gain = _solve(system, *old, half_step)
+            scale[:, :, w, part] = new_scale.transpose(1, 2)
+            zero[:, :, w, part] = new_zero.transpose(1, 2)
+            before_WBO[w, :, part] = system.loss_Bn
+            after_WBO[w, :, part] = system.loss_Bn - gain
+    return Fit(Floats(scale, zero), before_WBO, after_WBO)
+
+
+def loss_rows(error_BOI: Tensor, hessian_BII: Tensor) -> Tensor:
+    """E H E^T of every row: float64 (B, O).
+
+    Args:
+        error_BOI: float32.
+        hessian_BII: float, symmetric.
+    """
+    loss_BO = torch.empty(error_BOI.shape[:2], dtype=torch.float64, device=error_BOI.device)
+    chunks = row_chunks(error_BOI.shape[1], len(error_BOI) * error_BOI.shape[2], error_BOI.device)
+    for part in chunks:
+        error = error_BOI[:, part]
+        response = torch.bmm(error, hessian_BII.to(error.dtype))
+        loss_BO[:, part] = response.mul_(error).sum(-1, dtype=torch.float64)
+    return loss_BO
+
+
+@dataclass(frozen=True, eq=False)
+class _System:
+    """The loss near the current floats: loss + 2 gradient d + d^T matrix d, d = [scale; zero]."""
+
+    loss_Bn: Tensor
+    gradient_BnP: Tensor
+    matrix_BnPP: Tensor
+
+
+def _system(
+    value_BnI: Tensor,
+    weight_BnI: Tensor,
+    metric: Metric,
+    ones_BGG: Tensor,
+    scale_BnG: Tensor,
+    zero_BnG: Tensor,
+) -> _System:
+    size = metric.group_size
+    groups = scale_BnG.shape[2]
+    value_BnGg = value_BnI.unflatten(2, (groups, size))
+    fitted = torch.addcmul(zero_BnG[..., None], value_BnGg, scale_BnG[..., None])
+    error_BnI = fitted.flatten(2).sub_(weight_BnI)
+    response_BnI = torch.bmm(error_BnI, metric.h_BII)
+    loss_Bn = (response_BnI * error_BnI).sum(-1, dtype=torch.float64)
+    response_BnGg = response_BnI.unflatten(2, (groups, size))
+    by_zero = response_BnGg.sum(-1)
+    by_scale = (response_BnGg * value_BnGg).sum(-1)
+    cross_BnGG = torch.einsum(
+        "bnkg,bkgl->bnkl", value_BnGg, metric.h_ones_BIG.unflatten(1, (groups, size))
+    )
+    matrix = value_BnI.new_empty(*value_BnI.shape[:2], 2 * groups, 2 * groups, dtype=torch.float64)
+    matrix[..., :groups, :groups] = _gram(value_BnI, metric.h_BII, groups)
+    matrix[..., :groups, groups:] = cross_BnGG
+    matrix[..., groups:, :groups] = cross_BnGG.transpose(2, 3)
+    matrix[..., groups:, groups:] = ones_BGG[:, None]
+    return _System(loss_Bn, torch.cat([by_scale, by_zero], dim=-1).double(), matrix)
+
+
+def _gram(value_BnI: Tensor, h_BII: Tensor, groups: int) -> Tensor:
+    """Block sums of C H C: entry (k, l) is c_k H_kl c_l^T, float32 (B, n, G, G)."""
+    batch, rows, inputs = value_BnI.shape
+    size = inputs // groups
+    gram_BnGG = value_BnI.new_zeros(batch, rows, groups, groups)
+    for g in range(groups):
+        begin = g * size
+        own_BnJ = value_BnI[:, :, begin : begin + size]
+        part = torch.bmm(own_BnJ, h_BII[:, begin : begin + size, begin:])
+        sums = part.mul_(value_BnI[:, :, begin:]).unflatten(2, (-1, size)).sum(-1)
+        gram_BnGG[:, :, g, g:] = sums
+        gram_BnGG[:, :, g:, g] = sums
+    return gram_BnGG
+
+
+def _solve(
+    system: _System, scale_BnG: Tensor, zero_BnG: Tensor, half_step: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New scale and zero (B, n, G) and the loss they save (B, n), all zero where nothing is won."""
+    groups = scale_BnG.shape[2]
+    step = _newton_step(system)
+    new = scale_BnG + step[..., :groups], zero_BnG + step[..., groups:]
+    # A negative scale would order the codes of one width against those of another.
+    new_scale, new_zero = round_floats(
+        torch.where(new[0] > 0, new[0], scale_BnG.double()), new[1], half_step
+    )
+    step = torch.cat([new_scale - scale_BnG, new_zero - zero_BnG], dim=-1).double()
+    curvature = torch.matmul(system.matrix_BnPP, step[..., None])[..., 0]
+    gain_Bn = -((2 * system.gradient_BnP + curvature) * step).sum(-1)
+    # Rows that overflow float16 give NaN here, which compares false and keeps the old floats.
+    better_Bn = gain_Bn > 0
+    kept = better_Bn[..., None]
+    return (
+        torch.where(kept, new_scale, scale_BnG),
+        torch.where(kept, new_zero, zero_BnG),
+        torch.where(better_Bn, gain_Bn, 0.0),
+    )
+
+
+def _newton_step(system: _System) -> Tensor:
+    """Minimiser of the quadratic; NaN in rows that cannot be solved."""
+    diagonal = system.matrix_BnPP.diagonal(dim1=-2, dim2=-1)
+    floor = diagonal.mean(-1, keepdim=True) * 1e-12 + torch.finfo(torch.float64).tiny
+    result = torch.full_like(system.gradient_BnP, torch.nan)
+    todo = torch.ones_like(system.loss_Bn, dtype=torch.bool)
+    for ridge in _RIDGES:
+        matrix = system.matrix_BnPP[todo]
+        matrix.diagonal(dim1=-2, dim2=-1).add_((diagonal * ridge + floor)[todo])
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        solved = torch.cholesky_solve(-system.gradient_BnP[todo][..., None], factor)[..., 0]
+        solved[info > 0] = torch.nan
+        result[todo] = solved
+        todo = torch.isnan(result).any(-1)
+        if not todo.any():
+            break
+    return result

@@ -1,0 +1,122 @@
+"""Second moments of layer inputs: streamed, per expert, shrunk where tokens are few.
+
+Shapes: T tokens, D inputs, E experts, K experts chosen per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class HessianAccumulator:
+    """Streams the mean of x x^T over tokens, for one layer input or for each of E experts.
+
+    Products are taken in float32 (float64 for float64 inputs) and summed in `dtype`.
+
+    Args:
+        dim: D, the width of the inputs.
+        batch: () for one Hessian, (E,) for one an expert.
+        device: where the sums live; inputs must be there too.
+        dtype: of the sums; float32 halves the memory and is enough for up to some thousand calls.
+
+    Raises:
+        ValueError: `batch` has more than one entry.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        batch: tuple[int, ...] = (),
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        if len(batch) > 1:
+            raise ValueError(f"batch {batch} has {len(batch)} dimensions, accepted: 0 or 1")
+        self.dim, self.batch = dim, batch
+        experts = batch[0] if batch else 1
+        self._sum_EDD = torch.zeros(experts, dim, dim, dtype=dtype, device=device)
+        self._count_E = torch.zeros(experts, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, x_TD: Tensor, index: Tensor | None = None) -> None:
+        """Add tokens.
+
+        Args:
+            x_TD: float (..., D); leading dimensions are flattened to T tokens.
+            index: integer (T,) or (T, K), the experts that see each token; -1 for none. Required
+                if and only if the accumulator is per expert.
+
+        Raises:
+            ValueError: wrong shape, an expert id out of range, or a value that is not finite.
+        """
+        x_TD = x_TD.detach().reshape(-1, x_TD.shape[-1])
+        if x_TD.shape[1] != self.dim:
+            raise ValueError(f"inputs have width {x_TD.shape[1]}, accepted: {self.dim}")
+        if x_TD.dtype != torch.float64:
+            x_TD = x_TD.float()
+        if not torch.isfinite(x_TD).all():
+            raise ValueError("inputs of the Hessian hold a value that is not finite")
+        if (index is None) != (self.batch == ()):
+            found = "missing" if index is None else "given"
+            raise ValueError(f"index is {found} and batch is {self.batch}: give both or neither")
+        if index is None:
+            self._sum_EDD[0] += x_TD.T @ x_TD
+            self._count_E[0] += x_TD.shape[0]
+        else:
+            self._add_routed(x_TD, index)
+
+    def _add_routed(self, x_TD: Tensor, index: Tensor) -> None:
+        experts, tokens = self.batch[0], x_TD.shape[0]
+        if index.shape[:1] != (tokens,) or index.dim() not in (1, 2):
+            raise ValueError(f"index has shape {tuple(index.shape)}, accepted: ({tokens}, K)")
+        ids = index.reshape(tokens, -1).to(torch.int64)
+        if ids.numel() and not (int(ids.min()) >= -1 and int(ids.max()) < experts):
+            raise ValueError(
+                f"index holds {int(ids.min())} to {int(ids.max())}, accepted: -1 to {experts - 1}"
+            )
+        # One stable sort puts every expert's tokens side by side; -1 sorts to the front.
+        order = ids.flatten().argsort(stable=True) // max(ids.shape[1], 1)
+        counts = torch.bincount(ids.flatten() + 1, minlength=experts + 1)
+        for expert, rows in enumerate(order.split(counts.tolist())[1:]):
+            if len(rows):
+                x_ND = x_TD.index_select(0, rows)
+                self._sum_EDD[expert] += x_ND.T @ x_ND
+        self._count_E += counts[1:]
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return the means and how many tokens each rests on.
+
+        Returns:
+            hessian: float32 (D, D) or (E, D, D), sum of x x^T over the count; zeros without tokens.
+            counts: int64 () or (E,).
+        """
+        mean = (self._sum_EDD / self._count_E.clamp(min=1)[:, None, None]).float()
+        return mean.reshape(*self.batch, self.dim, self.dim), self._count_E.reshape(self.batch)
+
+
+def shrink(hessian_EDD: Tensor, counts: Tensor, layer_hessian: Tensor) -> Tensor:
+    """Pull the Hessians of experts with few tokens towards that of the layer.
+
+    (1 - rho) H_e + rho H_layer with rho = D / (D + N_e): N_e tokens span at most N_e directions, so
+    an expert with fewer tokens than inputs has a Hessian without full rank.
+
+    Args:
+        hessian_EDD: float (E, D, D), means over the tokens of each expert.
+        counts: integer (E,), tokens of each expert; 0 gives the layer's Hessian.
+        layer_hessian: float (D, D), or (E, D, D) where inputs differ between experts.
+
+    Returns:
+        float (E, D, D), dtype of `hessian_EDD`.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    experts, dim = hessian_EDD.shape[0], hessian_EDD.shape[-1]
+    if counts.shape != (experts,) or layer_hessian.shape[-2:] != (dim, dim):
+        raise ValueError(
+            f"hessian {tuple(hessian_EDD.shape)}, counts {tuple(counts.shape)} and layer hessian "
+            f"{tuple(layer_hessian.shape)} do not fit"
+        )
+    rho_E11 = (dim / (dim + counts.double()))[:, None, None]
+    return torch.lerp(hessian_EDD, layer_hessian.to(hessian_EDD), rho_E11.to(hessian_EDD))

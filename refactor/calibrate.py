@@ -1,0 +1,198 @@
+"""The dense model over calibration text, one layer at a time.
+
+Two passes share one loop: the first gathers neuron statistics, the second, once the experts are
+known, the oracle's norms and the moments of the layer-wise router.
+Shapes: N windows, S tokens per window, T = N*S tokens, D model width, F FFN width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fissile.io.units import UnitStore
+from fissile.models.modeling_fissile import FissileDecoderLayer
+from fissile.models.stream import StreamedModel, batches
+from fissile.refactor.domains import MembershipPartition
+from fissile.refactor.layerwise import ranking_targets
+from fissile.refactor.moments import Moments
+from fissile.refactor.oracle import ExpertNorms
+from fissile.refactor.partition import Partition
+from fissile.refactor.statistics import NeuronStatistics, column_norms
+from fissile.refactor.training import Progress
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Calibration text as packed windows.
+
+    Attributes:
+        ids_NS: int64 token ids, no padding.
+        domain_N: int64 label of each window.
+        domains: names of the labels.
+    """
+
+    ids_NS: Tensor
+    domain_N: Tensor
+    domains: tuple[str, ...]
+
+    def token_domains(self, part: slice) -> Tensor:
+        """Label of every token of some windows, (T,)."""
+        return self.domain_N[part].repeat_interleave(self.ids_NS.shape[1])
+
+    def token_index(self, part: slice) -> Tensor:
+        """Place of every token of some windows in the whole stream, (T,)."""
+        tokens = self.ids_NS.shape[1]
+        return torch.arange(part.start * tokens, part.stop * tokens)
+
+
+Visit = Callable[[FissileDecoderLayer, Tensor, slice], Tensor]
+"""Layer, MLP input (T, D) and windows to the MLP's output (T, D)."""
+
+
+@torch.no_grad()
+def run_layer(
+    model: StreamedModel,
+    layer: FissileDecoderLayer,
+    hidden_NSD: Tensor,
+    batch_tokens: int,
+    visit: Visit,
+) -> None:
+    """Carry the residual stream through one layer, in place, letting `visit` compute its MLP."""
+    for part in batches(hidden_NSD, batch_tokens):
+        hidden = hidden_NSD[part]
+        residual = layer.attend(hidden, model.context(hidden))
+        y_TD = visit(layer, layer.mlp_input(residual).flatten(0, 1), part)
+        hidden_NSD[part] = layer.combine(residual, y_TD.view_as(hidden))
+
+
+def neurons(layer: FissileDecoderLayer, x_TD: Tensor) -> Tensor:
+    """Activations of a dense layer's FFN, (T, F)."""
+    assert layer.mlp.shared is not None
+    return layer.mlp.shared.neurons(x_TD)
+
+
+def down_weight(layer: FissileDecoderLayer) -> Tensor:
+    """Down projection of a dense layer's FFN, (D, F)."""
+    assert layer.mlp.shared is not None
+    return layer.mlp.shared.down_proj.weight
+
+
+def calibrate(
+    model: StreamedModel,
+    windows: Windows,
+    *,
+    batch_tokens: int,
+    sketch_dim: int,
+    seed: int,
+    store: UnitStore | None = None,
+    progress: Progress | None = None,
+) -> list[NeuronStatistics]:
+    """First pass: statistics of every neuron of every layer.
+
+    Args:
+        model: a dense model.
+        windows: calibration text.
+        batch_tokens: tokens per forward pass.
+        sketch_dim: width of the activation sketch.
+        seed: of the sketch.
+        store: finished layers are kept here and not computed again.
+        progress: called as (stage, done, total, detail).
+    """
+    store = store or UnitStore()
+    hidden_NSD = model.embed(windows.ids_NS)
+    result = []
+    for i in range(model.num_layers):
+        layer = model.layer(i)
+        down = down_weight(layer)
+        stats = NeuronStatistics(
+            column_norms(down), domains=len(windows.domains), sketch_dim=sketch_dim, seed=seed
+        )
+        done = store.has(unit := f"layer_{i:03d}")
+
+        def visit(
+            layer: FissileDecoderLayer,
+            x_TD: Tensor,
+            part: slice,
+            stats: NeuronStatistics = stats,
+            done: bool = done,
+        ) -> Tensor:
+            h_TF = neurons(layer, x_TD)
+            if not done:
+                stats.add(h_TF, windows.token_domains(part), windows.token_index(part))
+            return torch.nn.functional.linear(h_TF, down_weight(layer))
+
+        run_layer(model, layer, hidden_NSD, batch_tokens, visit)
+        if done:
+            stats = NeuronStatistics.from_state(store.load(unit)[0])
+        else:
+            store.save(unit, stats.state())
+        result.append(stats)
+        if progress is not None:
+            progress("calibrate", i + 1, model.num_layers, f"{windows.ids_NS.numel()} tokens")
+    return result
+
+
+def measure_oracle(
+    model: StreamedModel,
+    windows: Windows,
+    partitions: Sequence[Partition | MembershipPartition],
+    *,
+    batch_tokens: int,
+    store: UnitStore | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[Tensor], list[Moments]]:
+    """Second pass: what the oracle would choose, and the moments a ridge router is solved from.
+
+    Args:
+        model: the dense model.
+        windows: calibration text.
+        partitions: experts of every layer.
+        batch_tokens: tokens per forward pass.
+        store: finished layers are kept here and not computed again.
+        progress: called as (stage, done, total, detail).
+
+    Returns:
+        Norms of the experts' outputs (T, E) per layer; and per layer the moments of pairs of MLP
+        input and ranking targets, which `layerwise.ridge_selector` solves.
+    """
+    store = store or UnitStore()
+    hidden_NSD = model.embed(windows.ids_NS)
+    norms, ridges = [], []
+    for i, partition in enumerate(partitions):
+        layer = model.layer(i)
+        done = store.has(unit := f"layer_{i:03d}")
+        measure = ExpertNorms(down_weight(layer), partition)
+        ridge = Moments(model.config.hidden_size, partition.num_experts)
+        rows: list[Tensor] = []
+
+        def visit(
+            layer: FissileDecoderLayer,
+            x_TD: Tensor,
+            part: slice,
+            measure: ExpertNorms = measure,
+            ridge: Moments = ridge,
+            rows: list[Tensor] = rows,
+            done: bool = done,
+        ) -> Tensor:
+            h_TF = neurons(layer, x_TD)
+            if not done:
+                rows.append(measure(h_TF))
+                ridge.add(x_TD, ranking_targets(rows[-1]))
+            return torch.nn.functional.linear(h_TF, down_weight(layer))
+
+        run_layer(model, layer, hidden_NSD, batch_tokens, visit)
+        if done:
+            state = store.load(unit)[0]
+            norms.append(state.pop("norms_TE"))
+            ridges.append(Moments.from_state(state))
+        else:
+            norms.append(torch.cat(rows))
+            store.save(unit, {"norms_TE": norms[-1], **ridge.state()})
+            ridges.append(ridge)
+        if progress is not None:
+            progress("route", i + 1, model.num_layers, "oracle")
+    return norms, ridges

@@ -1,0 +1,164 @@
+"""Exact solver of the balanced transportation problem: N items into K clusters of one capacity.
+
+Two phases. Prices: ascent on the dual, where every item takes the cluster of lowest cost + price,
+brings the cluster sizes near the capacity. Repair: an assignment that is cheapest at some prices is
+optimal for its own sizes, and successive shortest paths from over-full to under-full clusters keep
+it so until every cluster is full (Ahuja, Magnanti and Orlin, Network Flows, section 9.7). The
+residual graph has only the K clusters as nodes: edge a -> b is the cheapest move of one item.
+
+Shapes: N items, K clusters.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_PRICE_STEPS = 150
+
+
+def transport(
+    cost_NK: Floats, capacity: int, prices_K: Floats | None = None
+) -> tuple[Ints, Floats]:
+    """Assign every item so that each cluster holds `capacity` and the total cost is the lowest.
+
+    Args:
+        cost_NK: float64 (N, K), finite; N = K * capacity.
+        capacity: items per cluster.
+        prices_K: prices of a similar problem to start from.
+
+    Returns:
+        Cluster of each item, int64 (N,), and the prices (K,) for the next similar problem.
+
+    Raises:
+        ValueError: N is not K * capacity, or a cost is not finite.
+    """
+    if cost_NK.ndim != 2 or len(cost_NK) != cost_NK.shape[1] * capacity:
+        raise ValueError(f"cost {cost_NK.shape} cannot fill clusters of {capacity}")
+    if not np.isfinite(cost_NK).all():
+        raise ValueError("costs hold NaN or infinite values")
+    if cost_NK.size == 0:
+        return np.zeros(len(cost_NK), dtype=np.int64), np.zeros(cost_NK.shape[1])
+    labels_N, prices_K = _price(cost_NK, capacity, prices_K)
+    return _Repair(cost_NK, labels_N, capacity).run(), prices_K
+
+
+def _price(cost_NK: Floats, capacity: int, start_K: Floats | None) -> tuple[Ints, Floats]:
+    """Raise the prices of over-full clusters; return the best-balanced assignment seen.
+
+    Every price has its own step, grown while it keeps its direction and halved when it turns: costs
+    span orders of magnitude, and no single step suits all clusters.
+    """
+    clusters = cost_NK.shape[1]
+    prices_K = _start(cost_NK, capacity, start_K)
+    direction_K, step_K = np.zeros(clusters), np.full(clusters, _first_step(cost_NK + prices_K))
+    fewest, labels_N, found_K = len(cost_NK) + 1, np.zeros(0, dtype=np.int64), prices_K
+    for _ in range(_PRICE_STEPS):
+        trial_N = (cost_NK + prices_K).argmin(1)
+        over_K = np.bincount(trial_N, minlength=clusters) - capacity
+        excess = int(np.maximum(over_K, 0).sum())
+        if excess < fewest:
+            fewest, labels_N, found_K = excess, trial_N, prices_K
+        if excess <= clusters // 4:  # the repair is quicker from here
+            break
+        turned = np.sign(over_K) * direction_K
+        step_K = step_K * np.where(turned > 0, 1.3, np.where(turned < 0, 0.5, 1.0))
+        direction_K = np.sign(over_K)
+        prices_K = prices_K + step_K * np.clip(over_K / capacity, -1, 1)
+    return labels_N, found_K
+
+
+def _start(cost_NK: Floats, capacity: int, warm_K: Floats | None) -> Floats:
+    """The better balanced of the given prices and prices at which every cluster is as attractive
+    to its `capacity` best items as any other."""
+    relative_NK = cost_NK - cost_NK.mean(1, keepdims=True)
+    cold_K = -np.partition(relative_NK, capacity - 1, axis=0)[capacity - 1]
+    if warm_K is None:
+        return cold_K
+    fullest = [
+        np.bincount((cost_NK + prices_K).argmin(1), minlength=len(cold_K)).max()
+        for prices_K in (warm_K, cold_K)
+    ]
+    return warm_K if fullest[0] <= fullest[1] else cold_K
+
+
+def _first_step(cost_NK: Floats) -> float:
+    """A tenth of the typical gap between an item's best and second best cluster."""
+    if cost_NK.shape[1] < 2:
+        return 0.0
+    two_N2 = np.partition(cost_NK, 1, axis=1)[:, :2]
+    gap_N = two_N2[:, 1] - two_N2[:, 0]
+    return 0.1 * float(np.median(gap_N) or gap_N.mean())
+
+
+class _Repair:
+    """Successive shortest paths on the K-node residual graph."""
+
+    def __init__(self, cost_NK: Floats, labels_N: Ints, capacity: int) -> None:
+        self.cost, self.labels, self.capacity = cost_NK, labels_N, capacity
+        clusters = cost_NK.shape[1]
+        self.count = np.bincount(labels_N, minlength=clusters)
+        # Ties must not send the search around a cycle whose length is rounding error.
+        self.tolerance = 1e-12 * (float(np.ptp(cost_NK)) or 1.0)
+        self.move = np.full((clusters, clusters), np.inf)
+        for a in range(clusters):
+            self._update(a)
+
+    def run(self) -> Ints:
+        while (self.count > self.capacity).any():
+            self._augment(self._shortest_path())
+        return self.labels
+
+    def _update(self, a: int) -> None:
+        """Refresh the cheapest moves out of cluster `a`."""
+        members = np.flatnonzero(self.labels == a)
+        if len(members):
+            self.move[a] = (self.cost[members] - self.cost[members, a, None]).min(0)
+        else:
+            self.move[a] = np.inf
+        self.move[a, a] = 0.0
+
+    def _shortest_path(self) -> list[int]:
+        """Bellman-Ford from all over-full clusters to the nearest under-full one."""
+        clusters = len(self.count)
+        distance = np.where(self.count > self.capacity, 0.0, np.inf)
+        before = np.full(clusters, -1)
+        for _ in range(clusters):
+            through = distance[:, None] + self.move
+            via = through.argmin(0)
+            reach = through[via, np.arange(clusters)]
+            better = reach < distance - self.tolerance
+            if not better.any():
+                break
+            distance = np.where(better, reach, distance)
+            before = np.where(better, via, before)
+        target = int(np.where(self.count < self.capacity, distance, np.inf).argmin())
+        path = [target]
+        while before[path[-1]] >= 0:
+            path.append(int(before[path[-1]]))
+        return path[::-1]
+
+    def _augment(self, path: list[int]) -> None:
+        """Move items along the path: as many as are tied for every edge's cheapest move."""
+        room = min(
+            self.count[path[0]] - self.capacity,
+            self.capacity - self.count[path[-1]],
+        )
+        chosen = []
+        for a, b in itertools.pairwise(path):
+            members = np.flatnonzero(self.labels == a)
+            price = self.cost[members, b] - self.cost[members, a]
+            tied = members[price <= self.move[a, b] + self.tolerance]
+            room = min(room, len(tied))
+            chosen.append(tied)
+        for tied, b in zip(chosen, path[1:], strict=True):
+            self.labels[tied[:room]] = b
+        self.count[path[0]] -= room
+        self.count[path[-1]] += room
+        for a in path:
+            self._update(a)

@@ -1,0 +1,1 @@
+"""What leaves the run folder: artifacts, and the proof that they are whole."""

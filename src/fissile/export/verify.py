@@ -1,0 +1,242 @@
+"""Prove an artifact: hashes, coverage, scales, and a reload in a fresh process without fissile.
+
+Shapes: B windows, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fissile import families, models
+from fissile.errors import FissileError, UnsupportedModel
+from fissile.export.artifact import CODE_FILES, COPIED, portable
+from fissile.io.headers import CheckpointHeaders, checkpoint_folder, open_checkpoint_headers
+from fissile.io.manifest import check_manifest
+from fissile.io.reader import TensorReader
+from fissile.kernels.layout import decode_theta
+from fissile.models.source import CheckpointSource, load_source
+
+Progress = Callable[[str, int, int, str], None]
+PROBE_SHAPE = (2, 32)
+"""Windows and tokens of the logits that are compared."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All checks of one artifact, in the order in which they ran."""
+
+    folder: str
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check holds."""
+        return all(check.ok for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"folder": self.folder, "ok": self.ok, "checks": [asdict(c) for c in self.checks]}
+
+
+def verify(
+    folder: Path,
+    *,
+    against: Path | None = None,
+    target: str = "transformers",
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Check an artifact without changing it.
+
+    Args:
+        folder: the artifact or its run folder.
+        against: the dense checkpoint it came from; its tokenizer and logits are compared.
+        target: what loads it; "transformers".
+        progress: called as (stage, done, total, detail).
+
+    Raises:
+        UnsupportedModel: the folder is no artifact, or an unknown target.
+    """
+    if target != "transformers":
+        raise UnsupportedModel(f"target {target!r}: accepted is transformers")
+    path = checkpoint_folder(folder)
+    headers = open_checkpoint_headers(path)
+    if headers.config.get("model_type") != "fissile":
+        found = headers.config.get("model_type")
+        raise UnsupportedModel(f"{path}: model_type is {found!r}, an artifact's is 'fissile'")
+    steps: list[Callable[[], Iterator[Check]]] = [
+        lambda: _files(path),
+        lambda: _coverage(headers),
+        lambda: _floats(headers),
+        lambda: _code(path),
+        lambda: _reload(path, headers),
+    ]
+    if against is not None:
+        steps += [lambda: _tokenizer(path, against), lambda: _dense(path, headers, against)]
+    checks: list[Check] = []
+    for done, step in enumerate(steps, start=1):
+        checks += step()
+        if progress is not None:
+            progress("verify", done, len(steps), checks[-1].name)
+    return VerifyReport(str(path), tuple(checks))
+
+
+def _files(path: Path) -> Iterator[Check]:
+    problems = check_manifest(path)
+    yield Check("files match their hashes", not problems, "; ".join(problems) or "all sha256 equal")
+
+
+def _coverage(headers: CheckpointHeaders) -> Iterator[Check]:
+    try:
+        families.check_checkpoint(headers, families.find(headers.config))
+    except FissileError as err:
+        yield Check("tensors cover the model", False, str(err))
+        return
+    yield Check(
+        "tensors cover the model", True, f"{len(headers.tensors)} tensors, names and shapes"
+    )
+
+
+def _floats(headers: CheckpointHeaders) -> Iterator[Check]:
+    """Every float finite, no scale negative; a scale of zero is a group of equal weights."""
+    bad: list[str] = []
+    negative: list[str] = []
+    count = flat = 0
+    with TensorReader(headers) as reader:
+        for name in reader.names():
+            tensor = reader.load(name)
+            if name.rpartition(".")[2].startswith("theta_"):
+                scale, zero = decode_theta(tensor)
+                if not bool(torch.isfinite(scale).all() & torch.isfinite(zero).all()):
+                    bad.append(name)
+                if bool((scale < 0).any()):
+                    negative.append(name)
+                count, flat = count + scale.numel(), flat + int((scale == 0).sum())
+            elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                bad.append(name)
+    yield Check("values are finite", not bad, bad[0] if bad else f"{len(headers.tensors)} tensors")
+    if count:
+        detail = f"{count} scales, {flat} of them zero (groups of equal weights)"
+        if negative:
+            detail = f"first negative one in {negative[0]}"
+        yield Check("scales are not negative", not negative, detail)
+
+
+def _code(path: Path) -> Iterator[Check]:
+    wrong = []
+    for source in CODE_FILES:
+        copy = path / source.name
+        code = portable(source.read_text(encoding="utf-8"))
+        if not copy.is_file() or copy.read_text(encoding="utf-8") != code:
+            wrong.append(source.name)
+    detail = f"{wrong[0]} differs from this version's" if wrong else "equal to this version's"
+    # Another version's code is no defect of the artifact; what it computes is compared below.
+    yield Check("modeling files", True, detail)
+
+
+def probe_ids(vocab_size: int) -> Tensor:
+    """Token ids whose logits are compared, int64 (B, S), the same for every call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab_size, PROBE_SHAPE, generator=generator)
+
+
+def _widths(headers: CheckpointHeaders) -> list[int]:
+    nested = headers.config.get("nested")
+    return list(nested["widths"]) if nested else []
+
+
+def _reload(path: Path, headers: CheckpointHeaders) -> Iterator[Check]:
+    widths = _widths(headers)
+    ids = probe_ids(headers.config["vocab_size"])
+    try:
+        strange = fresh_logits(path, ids, widths or [0])
+    except UnsupportedModel as err:
+        yield Check("loads without fissile", False, str(err))
+        return
+    for width in widths or [0]:
+        model = models.load(path, bits=width or None)
+        with torch.no_grad():
+            own = model(input_ids=ids).logits
+        gap = float((own - strange[f"logits_{width}"]).abs().max())
+        label = f" at {width} bits" if width else ""
+        yield Check(
+            f"logits without fissile{label}",
+            torch.equal(own, strange[f"logits_{width}"]),
+            f"fresh process, largest difference {gap:.1e}",
+        )
+
+
+def fresh_logits(path: Path, ids: Tensor, widths: list[int]) -> dict[str, Tensor]:
+    """Logits from a new process that cannot import fissile, by "logits_<width>".
+
+    Raises:
+        UnsupportedModel: the process failed; the message is its last line.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        request, answer = f"{work}/request.safetensors", f"{work}/answer.safetensors"
+        save_file({"ids": ids}, request)
+        script = Path(__file__).with_name("reload.py")
+        argument = ",".join(map(str, widths))
+        command = [
+            sys.executable,
+            "-I",
+            str(script),
+            str(path.resolve()),
+            request,
+            answer,
+            argument,
+        ]
+        # Remote code is copied to a cache before it runs; a private one leaves nothing behind. The
+        # same number of threads sums in the same order.
+        private = {
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": f"{work}/modules",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        }
+        done = subprocess.run(
+            command, env={**os.environ, **private}, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise UnsupportedModel(f"reloading failed with exit code {done.returncode}: {last}")
+        return load_file(answer)
+
+
+def _tokenizer(path: Path, against: Path) -> Iterator[Check]:
+    pairs = [(against / n, path / n) for n in COPIED if (against / n).is_file()]
+    wrong = [b.name for a, b in pairs if not b.is_file() or a.read_bytes() != b.read_bytes()]
+    detail = f"{wrong[0]} differs" if wrong else f"{len(pairs)} files, byte for byte"
+    yield Check("tokenizer files equal the source's", not wrong, detail)
+
+
+def _dense(path: Path, headers: CheckpointHeaders, against: Path) -> Iterator[Check]:
+    """How far the converted model is from the dense one; a number to read, not a bound."""
+    ids = probe_ids(headers.config["vocab_size"])
+    with torch.no_grad():
+        dense = load_source(CheckpointSource(against))(input_ids=ids).logits.log_softmax(-1)
+        for width in _widths(headers) or [0]:
+            got = models.load(path, bits=width or None)(input_ids=ids).logits.log_softmax(-1)
+            kl = float((dense.exp() * (dense - got)).sum(-1).mean())
+            label = f" at {width} bits" if width else ""
+            yield Check(
+                f"divergence from the dense model{label}", kl == kl, f"{kl:.4f} nats per token"
+            )

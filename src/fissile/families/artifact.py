@@ -1,0 +1,145 @@
+"""Tensors of our own artifacts: routed and bit-nested, derived from config.json alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fissile.errors import CorruptCheckpoint
+from fissile.families.base import Family
+from fissile.families.names import attention_and_norms
+from fissile.families.table import dims_of
+
+Expected = tuple[str | None, tuple[int, ...]]
+"""Dtype (None: any float) and shape of a tensor."""
+
+PLANE_BITS = {2: 2, 3: 1, 4: 1}
+"""Bits of a code that each plane adds: plane_2 holds the two most significant ones."""
+
+
+def mlp_shapes(
+    routing: Mapping[str, Any] | None, layer: int, hidden: int, ffn: int
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of one layer's FFN tensors, by name within `mlp`.
+
+    Args:
+        routing: the artifact's routing, None for a dense FFN.
+        layer: index of the layer.
+        hidden: model width D.
+        ffn: FFN width F of the dense model.
+    """
+
+    def gated(prefix: str, size: int) -> dict[str, tuple[int, ...]]:
+        shapes = {
+            "gate_proj": (size, hidden),
+            "up_proj": (size, hidden),
+            "down_proj": (hidden, size),
+        }
+        return {f"{prefix}.{name}.weight": shape for name, shape in shapes.items()}
+
+    if routing is None:
+        return gated("shared", ffn)
+    found: dict[str, tuple[int, ...]] = {}
+    shared, experts = routing["shared_sizes"][layer], routing["num_experts"]
+    if shared:
+        found |= gated("shared", shared)
+        if routing.get("shared_bias"):
+            found["shared.down_proj.bias"] = (hidden,)
+    if routing["kind"] == "layerwise":
+        found |= {"selector.weight": (experts, hidden), "selector.bias": (experts,)}
+    if routing["kind"] == "static":
+        return found
+    if routing["layout"] == "membership":
+        return found | gated("pool", sum(size for size, _ in routing["blocks"][layer]))
+    size = routing["expert_sizes"][layer]
+    found["experts.gate_up_proj"] = (experts, 2 * size, hidden)
+    found["experts.down_proj"] = (experts, hidden, size)
+    return found
+
+
+def router_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the pre-gating router's tensors by name within `model.router`; may be empty."""
+    routing = config.get("routing")
+    if routing is None or routing["kind"] != "pregate":
+        return {}
+    dims, router = dims_of(family, config), routing["router"]
+    joint, inner = dims.hidden + router["attention_dim"], router["inner_dim"]
+    heads = dims.layers if routing["per_layer"] else 1
+    attention = f"layers.{dims.layers}"
+    return {
+        "norm_in": (dims.hidden,),
+        "norm_out": (joint,),
+        f"{attention}.q_proj.weight": (dims.q_width, dims.hidden),
+        f"{attention}.k_proj.weight": (dims.kv_width, dims.hidden),
+        f"{attention}.v_proj.weight": (dims.kv_width, dims.hidden),
+        f"{attention}.o_proj.weight": (router["attention_dim"], dims.q_width),
+        "gate_proj.weight": (inner, joint),
+        "up_proj.weight": (inner, joint),
+        "down_proj.weight": (heads * routing["num_experts"], inner),
+    }
+
+
+def nested_parts(
+    shape: tuple[int, ...], widths: tuple[int, ...], group_size: int
+) -> dict[str, Expected]:
+    """Planes and floats that stand for one nested weight of `shape` (..., N, K), in load order."""
+    *lead, inputs = shape
+    found: dict[str, Expected] = {}
+    for width, bits in PLANE_BITS.items():
+        if width <= max(widths):
+            found[f"plane_{width}"] = ("U8", (*lead, inputs * bits // 8))
+        if width in widths:
+            found[f"theta_{width}"] = ("I16", (*lead, inputs // group_size, 2))
+    return found
+
+
+def float_shapes(
+    family: Family, config: Mapping[str, Any]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of an artifact as if no weight were nested.
+
+    Raises:
+        CorruptCheckpoint: `routing` in config.json is malformed.
+    """
+    dims, routing = dims_of(family, config), config.get("routing")
+    yield "model.embed_tokens.weight", (dims.vocab, dims.hidden)
+    with _well_formed("routing"):
+        for name, shape in router_shapes(family, config).items():
+            yield f"model.router.{name}", shape
+        for layer in range(dims.layers):
+            for name, shape in attention_and_norms(family, config).items():
+                yield f"model.layers.{layer}.{name}", shape
+            for name, shape in mlp_shapes(routing, layer, dims.hidden, dims.ffn).items():
+                yield f"model.layers.{layer}.mlp.{name}", shape
+    yield "model.norm.weight", (dims.hidden,)
+    if not dims.tied:
+        yield "lm_head.weight", (dims.vocab, dims.hidden)
+
+
+def artifact_tensors(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, Expected]]:
+    """Every stored tensor of an artifact with its dtype and shape.
+
+    Raises:
+        CorruptCheckpoint: `routing` or `nested` in config.json is malformed.
+    """
+    with _well_formed("nested"):
+        nested = config.get("nested") or {}
+        modules, groups = set(nested.get("modules", ())), nested.get("groups", {})
+        for name, shape in float_shapes(family, config):
+            if name not in modules:
+                yield name, (None, shape)
+                continue
+            group = groups.get(name, nested["group_size"])
+            for part, expected in nested_parts(shape, tuple(nested["widths"]), group).items():
+                yield f"{name}.{part}", expected
+
+
+@contextlib.contextmanager
+def _well_formed(field: str) -> Iterator[None]:
+    """Turn what reading an odd value raises into an error that names the field."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as err:
+        what = f"{type(err).__name__}: {err}"
+        raise CorruptCheckpoint(f"config.json: {field} is malformed ({what})") from None

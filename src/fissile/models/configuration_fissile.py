@@ -1,0 +1,89 @@
+"""Configuration of a Fissile model: its backbone's own fields, plus routing and nested weights.
+
+This file is copied into every artifact and must work there without the fissile package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class FissileConfig(PretrainedConfig):
+    """Every field of the backbone's stock configuration, and the five below.
+
+    Args:
+        backbone: where the stock attention, norm and rotary classes live, and how a layer joins:
+            `module`, `prefix`, `norm_layout` ("pre", "sandwich", "post"), `scaled_embedding`,
+            `rotary_per_layer_type`, `sdpa`, `attention_linears`, `activation`.
+        num_base_layers: decoder layers. `num_hidden_layers` counts one more when a pre-gating
+            router keeps its keys and values in the cache as a layer of its own.
+        routing: None for a dense model, else `kind`, `num_experts`, `top_k`, `shared_sizes`,
+            `expert_sizes`, `per_layer`, `layout`, `blocks`, `router`.
+        nested: None for float weights, else `layout`, `widths`, `group_size`, `modules`.
+        bits: width that is served, one of `nested["widths"]`; None with float weights.
+    """
+
+    model_type = "fissile"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.shared.gate_proj": "colwise",
+        "layers.*.mlp.shared.up_proj": "colwise",
+        "layers.*.mlp.shared.down_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    def __init__(
+        self,
+        backbone: dict[str, Any] | None = None,
+        num_base_layers: int = 0,
+        routing: dict[str, Any] | None = None,
+        nested: dict[str, Any] | None = None,
+        bits: int | None = None,
+        rope_parameters: dict[str, Any] | None = None,
+        layer_types: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.backbone = backbone or {}
+        self.num_base_layers = num_base_layers
+        self.routing = routing
+        self.nested = nested
+        self.bits = bits
+        self.rope_parameters = rope_parameters
+        self.layer_types: list[str] = layer_types or []
+        super().__init__(**kwargs)
+        if routing and routing["kind"] != "static":
+            # Serving engines read these three to recognise a mixture of experts.
+            self.num_experts = routing["num_experts"]
+            self.num_experts_per_tok = routing["top_k"]
+            self.moe_intermediate_size = routing["expert_sizes"][0]
+
+    def check_bits(self) -> int | None:
+        """Return the width to serve, or None with float weights.
+
+        Raises:
+            ValueError: `bits` is not one of the widths that were stored.
+        """
+        if self.nested is None:
+            if self.bits is not None:
+                raise ValueError(
+                    f"bits={self.bits}: this model has float weights; leave bits unset"
+                )
+            return None
+        widths = self.nested["widths"]
+        bits = widths[-1] if self.bits is None else self.bits
+        if bits not in widths:
+            raise ValueError(f"bits={bits}: this model serves {', '.join(map(str, widths))}")
+        return bits

@@ -1,0 +1,160 @@
+"""Where a model's float weights come from: a checkpoint on disk, or units of a run.
+
+All sources answer in canonical names; see `StateSource` in stream.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fissile import families
+from fissile.errors import UnsupportedModel
+from fissile.families.artifact import float_shapes
+from fissile.io.headers import open_checkpoint_headers
+from fissile.io.reader import TensorReader, check_finite
+from fissile.io.units import UnitStore
+from fissile.kernels.layout import dequantize, segment_names
+from fissile.models.build import dense_config, empty_model, rotary_of, with_nested
+from fissile.models.configuration_fissile import FissileConfig
+from fissile.models.modeling_fissile import FissileForCausalLM
+from fissile.models.stream import StateSource
+
+LAYER = "model.layers."
+
+
+class CheckpointSource:
+    """A dense checkpoint of a known family, or a Fissile artifact (decoded at `bits`).
+
+    Args:
+        folder: the checkpoint.
+        bits: width at which nested weights are decoded; default the widest stored.
+        check: refuse tensors that hold NaN or infinite values.
+
+    Raises:
+        UnsupportedModel: no family, or a feature that is not handled.
+        CorruptCheckpoint: files, names or shapes are not what config.json promises.
+    """
+
+    def __init__(self, folder: Path, bits: int | None = None, *, check: bool = True) -> None:
+        self.headers = open_checkpoint_headers(folder)
+        self.folder, stock = self.headers.folder, self.headers.config
+        self.family = families.find(stock)
+        families.check_checkpoint(self.headers, self.family)
+        self._reader, self._check = TensorReader(self.headers), check
+        self.artifact = stock.get("model_type") == FissileConfig.model_type
+        if self.artifact:
+            stored = FissileConfig.from_dict(stock)
+            self.nested, stored.bits = stored.nested, bits
+            self.bits = stored.check_bits()
+            self.config = with_nested(stored, None, None)
+        else:
+            if bits is not None:
+                raise UnsupportedModel(f"{folder}: bits={bits}, but this model has float weights")
+            self.nested, self.bits = None, None
+            self.config = dense_config(stock, self.family)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read from disk so far."""
+        return self._reader.bytes_read
+
+    def layer_state(self, layer_idx: int) -> dict[str, Tensor]:
+        """Tensors of one layer, named relative to it, float32."""
+        prefix = f"{LAYER}{layer_idx}."
+        state = self._float_state(lambda name: name.startswith(prefix))
+        return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+    def outer_state(self) -> dict[str, Tensor]:
+        """Everything outside the layers under its full name, float32."""
+        return self._float_state(lambda name: not name.startswith(LAYER))
+
+    def _float_state(self, wanted: Any) -> dict[str, Tensor]:
+        stock = self.headers.config
+        if not self.artifact:
+            pairs = families.dense_names(self.family, stock)
+            return {name: self._dense(name, source) for name, source in pairs if wanted(name)}
+        names = [name for name, _ in float_shapes(self.family, stock) if wanted(name)]
+        return {name: self._stored(name) for name in names}
+
+    def _dense(self, name: str, source: families.Source) -> Tensor:
+        if source.rows is None:
+            tensor = self._reader.load(source.name, torch.float32)
+        else:
+            tensor = self._reader.load_rows(source.name, *source.rows, dtype=torch.float32)
+        return self._finite(source.name, tensor)
+
+    def _stored(self, name: str) -> Tensor:
+        if self.nested is None or name not in self.nested["modules"]:
+            return self._finite(name, self._reader.load(name, torch.float32))
+        assert self.bits is not None
+        segments = segment_names(self.bits, self.nested["widths"])
+        parts = {suffix: self._reader.load(f"{name}.{suffix}") for suffix in segments}
+        return self._finite(name, dequantize(parts, self.bits))
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        if self._check:
+            check_finite(name, tensor, path=self._reader.path(name) if not self.nested else None)
+        return tensor
+
+
+class UnitSource:
+    """A model that a stage left in its units: "outer" and one unit a layer."""
+
+    def __init__(self, config: FissileConfig, store: UnitStore) -> None:
+        self.config, self._store = config, store
+
+    def layer_state(self, layer_idx: int) -> dict[str, Tensor]:
+        """Tensors of one layer, named relative to it, float32."""
+        return self._store.load(f"layer_{layer_idx:03d}")[0]
+
+    def outer_state(self) -> dict[str, Tensor]:
+        """Everything outside the layers under its full name, float32."""
+        return self._store.load("outer")[0]
+
+
+class MemorySource:
+    """A model held as one dictionary of canonical names."""
+
+    def __init__(self, config: FissileConfig, state: dict[str, Tensor]) -> None:
+        self.config, self._state = config, state
+
+    def layer_state(self, layer_idx: int) -> dict[str, Tensor]:
+        """Tensors of one layer, named relative to it."""
+        prefix = f"{LAYER}{layer_idx}."
+        return {k.removeprefix(prefix): v for k, v in self._state.items() if k.startswith(prefix)}
+
+    def outer_state(self) -> dict[str, Tensor]:
+        """Everything outside the layers under its full name."""
+        return {k: v for k, v in self._state.items() if not k.startswith(LAYER)}
+
+
+def load_source(source: StateSource) -> FissileForCausalLM:
+    """The whole model of a source in memory: float32, evaluation mode, copies of all tensors."""
+    state = {name: tensor.clone() for name, tensor in source.outer_state().items()}
+    for i in range(source.config.num_base_layers):
+        layer = source.layer_state(i)
+        state |= {f"{LAYER}{i}.{name}": tensor.clone() for name, tensor in layer.items()}
+    model = empty_model(source.config)
+    if "lm_head.weight" not in state:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    model.model.rotary_emb = rotary_of(source.config)
+    if source.config.backbone["scaled_embedding"]:
+        scale = torch.tensor(source.config.hidden_size**0.5)
+        model.model.embed_tokens.embed_scale = scale
+    if source.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def save_units(source: StateSource, store: UnitStore) -> None:
+    """Keep a source's tensors as units that `UnitSource` reads, one layer in memory at a time."""
+    if not store.has("outer"):
+        store.save("outer", source.outer_state())
+    for i in range(source.config.num_base_layers):
+        if not store.has(f"layer_{i:03d}"):
+            store.save(f"layer_{i:03d}", source.layer_state(i))

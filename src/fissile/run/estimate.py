@@ -1,0 +1,279 @@
+"""Peak memory, disk and time of every stage, from sizes alone.
+
+Memory is a sum of named terms per stage; each mirrors one allocation of the code that runs it, so a
+wrong prediction can be traced to a term. What a stage holds at different moments is not added up:
+the largest moment counts. Time is arithmetic over a range of speeds, and no more than a hint.
+
+Shapes: T tokens of the stage, C tokens of one forward pass, D model width, F FFN width, V
+vocabulary, S shared neurons, E routed experts, M neurons per expert, L layers, I and O inputs and
+outputs of a linear, W widths. All sizes in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fissile.config import Recipe
+from fissile.run.costs import COSTS, Costs, Shape, StageCost
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Costs of the stages of a recipe on a model.
+
+    Attributes:
+        shape: sizes of the model and its artifact.
+        recipe: what is done.
+        cores: processors that share the work.
+        costs: constants.
+    """
+
+    shape: Shape
+    recipe: Recipe
+    cores: int = 1
+    costs: Costs = COSTS
+
+    def stage(self, name: str) -> StageCost:
+        """Cost of a stage by its name.
+
+        Raises:
+            ValueError: no such stage.
+        """
+        stages = {
+            "calibrate": self._calibrate,
+            "extract": self._extract,
+            "route": self._route,
+            "recover": self._recover,
+            "quantize": self._quantize,
+            "export": self._export,
+            "verify": self._verify,
+            "evaluate": self._evaluate,
+            "report": self._report,
+        }
+        if name not in stages:
+            raise ValueError(f"no stage {name!r}")
+        return stages[name]()
+
+    # -- parts that several stages share ---------------------------------------------------------
+
+    def _cost(
+        self, stage: str, memory: Mapping[str, float], disk: float = 0, flops: float = 0
+    ) -> StageCost:
+        costs = self.costs
+        working = sum(memory.values())
+        terms = {"interpreter": costs.interpreter, **memory, "allocator": costs.allocator * working}
+        slow, fast = (rate * 1e9 * self.cores for rate in costs.gflops_core)
+        seconds = (costs.floor_seconds + flops / fast, costs.floor_seconds + flops / slow)
+        return StageCost(stage, {k: int(v) for k, v in terms.items()}, int(disk), seconds)
+
+    def _streamed(self, tokens: int, models: int = 1) -> dict[str, float]:
+        """Embeddings and head of the streamed models, the residual stream, one layer of each."""
+        shape, size = self.shape, self.costs.float_bytes
+        return {
+            "embeddings": size * shape.outer_weights * models,
+            "stream": size * tokens * shape.dims.hidden,
+            "layer": size * shape.layer_weights * models,
+        }
+
+    def _forward(self, batch_tokens: int, context: int) -> float:
+        """Activations of one layer over one batch: the larger of attention and FFN."""
+        costs, dims = self.costs, self.shape.dims
+        tokens = max(batch_tokens, context)
+        # Without fused attention all scores exist, with their softmax in float32.
+        scores = 0 if self.shape.sdpa else 3 * dims.heads * context
+        attend = costs.attend_copies * dims.hidden + scores
+        ffn = costs.ffn_copies * dims.ffn + costs.held_copies * dims.hidden
+        return costs.float_bytes * tokens * max(attend, ffn)
+
+    def _pass(self, tokens: int, context: int) -> float:
+        """Operations of one forward pass through all layers."""
+        dims = self.shape.dims
+        return (
+            tokens * dims.layers * (2.0 * self.shape.layer_weights + 2.0 * context * dims.q_width)
+        )
+
+    def _statistics(self) -> float:
+        """Sums per neuron and domain, and sketches, of all layers, in float64."""
+        dims, sketch = self.shape.dims, self.recipe.calibrate.sketch_dim
+        return 8.0 * dims.layers * dims.ffn * (3 * self.shape.domains + 2 * sketch + 2)
+
+    def _dense_held(self) -> dict[str, float]:
+        """What the refactoring stages leave in memory for the ones after them."""
+        if not self.recipe.extract.enabled:
+            return {}
+        outer = self.costs.float_bytes * self.shape.outer_weights
+        return {"dense embeddings": float(outer), "statistics": self._statistics()}
+
+    # -- stages ----------------------------------------------------------------------------------
+
+    def _calibrate(self) -> StageCost:
+        wanted, dims = self.recipe.calibrate, self.shape.dims
+        float64_rows = 3 * 8 * 1024 * dims.ffn
+        memory = self._streamed(wanted.tokens) | {
+            "activations": self._forward(wanted.batch_tokens, wanted.context) + float64_rows,
+            "statistics": self._statistics(),
+        }
+        sketches = 4.0 * wanted.tokens * dims.layers * dims.ffn * wanted.sketch_dim
+        work = self._pass(wanted.tokens, wanted.context) + sketches
+        return self._cost("calibrate", memory, self._statistics(), work)
+
+    def _extract(self) -> StageCost:
+        dims, experts = self.shape.dims, max(self.shape.num_experts, 1)
+        sketch = 2 * self.recipe.calibrate.sketch_dim
+        memory = self._dense_held() | {"clustering": 8.0 * dims.ffn * (3 * sketch + 4 * experts)}
+        work = 20.0 * dims.layers * dims.ffn * experts * (2 * sketch + 100)
+        return self._cost("extract", memory, 8 * dims.layers * dims.ffn, work)
+
+    def _route(self) -> StageCost:
+        """The oracle's norms (T, E) and the ridge router's moments (D, D) of all layers."""
+        wanted, dims = self.recipe.calibrate, self.shape.dims
+        norms = 4.0 * dims.layers * wanted.tokens * self.shape.num_experts
+        moments = 8.0 * dims.layers * dims.hidden**2
+        memory = self._streamed(wanted.tokens) | {
+            "activations": self._forward(wanted.batch_tokens, wanted.context),
+            "statistics": self._statistics(),
+            "oracle": norms,
+            "ridge": moments,
+        }
+        oracle = 2.0 * wanted.tokens * dims.layers * dims.hidden * (dims.ffn + dims.hidden)
+        router = dims.hidden * (2 * dims.q_width + 2 * self.recipe.route.attention_dim)
+        training = 6.0 * self.recipe.route.steps * self.recipe.route.batch_tokens * router
+        work = self._pass(wanted.tokens, wanted.context) + oracle + training
+        return self._cost("route", memory, norms + moments, work)
+
+    def _recover(self) -> StageCost:
+        """Re-fit, layer by layer, then training, with student and teacher whole in memory."""
+        both = [self._refit(), self._train()]
+        largest = max(both, key=lambda cost: cost.peak)
+        fast, slow = (sum(cost.seconds[i] for cost in both) for i in (0, 1))
+        disk = sum(cost.disk for cost in both)
+        return StageCost("recover", largest.memory, disk, (fast, slow))
+
+    def _refit(self) -> StageCost:
+        wanted, shape = self.recipe.calibrate, self.shape
+        if not self.recipe.recover.refit or not shape.shared:
+            return self._cost("refit", {})
+        # Moments of fitted and held-out tokens and a solve, all in float64.
+        moments = 8.0 * (3 * shape.shared**2 + 4 * shape.shared * shape.dims.hidden)
+        memory = self._streamed(wanted.tokens, models=2) | {
+            "activations": 2 * self._forward(wanted.batch_tokens, wanted.context),
+            "statistics": self._statistics(),
+            "moments": moments,
+        }
+        disk = 4.0 * shape.dims.layers * shape.shared * shape.dims.hidden
+        products = 2.0 * wanted.tokens * shape.dims.layers * shape.shared**2
+        work = 3 * self._pass(wanted.tokens, wanted.context) + products
+        return self._cost("refit", memory, disk, work)
+
+    def _train(self) -> StageCost:
+        wanted, shape, costs = self.recipe.recover, self.shape, self.costs
+        if wanted.method == "none" or not wanted.steps:
+            return self._cost("train", {})
+        dims, size = shape.dims, costs.float_bytes
+        linears = [*shape.attention, *[(dims.hidden, dims.ffn)] * 3]
+        adapters = dims.layers * sum(wanted.rank * (o + i) for o, i in linears)
+        trained = shape.total_weights if wanted.method == "full" else adapters
+        tokens, context = max(wanted.batch_tokens, wanted.context), wanted.context
+        copies = costs.train_copies_d * dims.hidden + costs.train_copies_f * dims.ffn
+        scores = 2 * dims.heads * context
+        memory = self._dense_held() | {
+            "student and teacher": 2.0 * size * shape.total_weights,
+            "gradients and optimiser": 4.0 * size * trained,
+            "activations": size * tokens * dims.layers * (copies + scores),
+            "logits": costs.logit_copies * size * tokens * dims.vocab,
+        }
+        # Student forward and backward, teacher forward; adapters need no weight gradients.
+        per_weight = 10.0 if wanted.method == "full" else 8.0
+        weights = dims.layers * shape.layer_weights + dims.vocab * dims.hidden
+        disk = size * (shape.total_weights + 3 * trained)
+        return self._cost("train", memory, disk, per_weight * wanted.steps * tokens * weights)
+
+    def _quantize(self) -> StageCost:
+        """One layer and its stream, and the largest of: forward, Hessian, solve."""
+        wanted, context = self.recipe.quantize, self.recipe.calibrate.context
+        linears, costs = self.shape.linears(wanted.attention), self.costs
+        batch = min(self.recipe.calibrate.batch_tokens, wanted.tokens)
+        largest = max(inputs**2 for _, _, inputs in linears)
+        held = costs.held_copies * self.shape.dims.hidden + self.shape.dims.ffn
+        adding = costs.float_bytes * batch * held + costs.hessian_add * largest
+        forward = self._forward(batch, context) + 8 * largest
+        memory = (
+            self._streamed(wanted.tokens)
+            | self._dense_held()
+            | {
+                "moments and solver": max(forward, adding, *(self._solving(*x) for x in linears)),
+                "packed layer": 2.0 * self.shape.layer_bytes,
+            }
+        )
+        layers, tokens = self.shape.dims.layers, wanted.tokens
+        products = sum(2.0 * tokens * inputs**2 for _, _, inputs in linears)
+        entries = sum(count * outputs * inputs**2 for count, outputs, inputs in linears)
+        passes = (2 + len(linears)) * self._pass(tokens, context)
+        work = passes + layers * (products + entries * self._solver_products())
+        return self._cost("quantize", memory, self.shape.artifact_bytes, work)
+
+    def _solving(self, count: int, outputs: int, inputs: int) -> float:
+        """Most that solving `count` linears of one shape holds beside the layer."""
+        costs, entries = self.costs, count * inputs**2
+        weights = float(count * outputs * inputs)
+        errors = costs.float_bytes * weights * len(self.recipe.quantize.widths)
+        chunk = costs.solver_buffers * min(costs.solver_chunk, errors)
+        prepare = costs.hessian_prepare * entries
+        solve = costs.hessian_solve * entries + chunk
+        # Losses are measured one linear at a time: half of a gate and up pair, a whole stack.
+        store = costs.hessian_solve * entries + costs.store_copies * weights * (
+            1.0 if count > 1 else 0.5
+        )
+        return costs.float_bytes * weights + max(prepare, solve, store)
+
+    def _solver_products(self) -> float:
+        """Operations of one solve per weight and input: O*I*I times this."""
+        starts, retries, rounds, sweeps = {
+            "fast": (1, 0, 1, 1),
+            "balanced": (2, 1, 3, 1),
+            "best": (3, 2, 6, 2),
+        }[self.recipe.quantize.effort]
+        # A greedy start visits half the pairs of columns, a sweep all; a float step costs about 3.
+        greedy, sweep, floats = 1.0, 2.0, 3.0
+        rounds_cost = rounds * (sweeps * sweep + floats)
+        work = (starts + retries) * (greedy + floats) + rounds_cost
+        return len(self.recipe.quantize.widths) * work
+
+    def _export(self) -> StageCost:
+        outer = 2.0 * self.costs.float_bytes * self.shape.outer_weights
+        layer = float(self.costs.float_bytes * self.shape.layer_weights)
+        memory = self._dense_held() | {"outer tensors": outer, "layer": layer}
+        return self._cost("export", memory, self.shape.artifact_bytes)
+
+    def _verify(self) -> StageCost:
+        memory = self._dense_held() | {
+            "artifact": float(self.shape.artifact_bytes),
+            "decoded layer": float(self.costs.float_bytes * self.shape.layer_weights),
+            "logits": self.costs.scoring,
+        }
+        return self._cost("verify", memory, 0, 2.0 * 2048 * self.shape.total_weights)
+
+    def _evaluate(self) -> StageCost:
+        """Whole float models one after the other: dense, controls, widths, baselines."""
+        wanted, shape = self.recipe.evaluate, self.shape
+        widths = len(self.recipe.quantize.widths) if self.recipe.quantize.enabled else 0
+        controls = 2 * len(wanted.shares) * len(wanted.controls) * self.recipe.extract.enabled
+        models = 1 + controls + widths * (1 + len(wanted.baselines))
+        memory = self._dense_held() | {
+            "model": float(self.costs.float_bytes * shape.total_weights),
+            "activations": self._forward(wanted.batch_tokens, wanted.context),
+            "logits": self.costs.scoring,
+        }
+        head = 2.0 * wanted.tokens * shape.dims.vocab * shape.dims.hidden
+        work = models * (self._pass(wanted.tokens, wanted.context) + head)
+        cost = self._cost("evaluate", memory, 0, work)
+        # Baselines are solved again, width by width; how much dearer than the whole is rounded up.
+        shares = {"dedicated": 1.0, "gptq": 0.3, "rtn": 0.1}
+        again = sum(shares[name] for name in wanted.baselines) if widths else 0.0
+        solved = self._quantize().seconds
+        seconds = (cost.seconds[0] + again * solved[0], cost.seconds[1] + again * solved[1])
+        return StageCost("evaluate", cost.memory, cost.disk, seconds)
+
+    def _report(self) -> StageCost:
+        return self._cost("report", {"plots": 200e6}, 5e6)

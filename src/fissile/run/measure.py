@@ -1,0 +1,205 @@
+"""The evaluate stage: the converted model, its widths, and the controls they are read against.
+
+Every measurement is kept under its own key, so an interrupted evaluation goes on with the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fissile import models
+from fissile.eval.documents import read_documents
+from fissile.eval.perplexity import HeldOut, measure, prepare
+from fissile.eval.tokens import load_tokenizer
+from fissile.families.artifact import float_shapes
+from fissile.kernels.layout import loaded_bytes
+from fissile.models.source import MemorySource, load_source
+from fissile.models.stream import StateSource
+from fissile.quant.layers import QuantizedLayer, decode
+from fissile.refactor.controls import install_control
+from fissile.refactor.convert import ConvertedSource
+from fissile.refactor.recover import recover
+from fissile.refactor.refit import RefitLayer
+from fissile.run.context import RunContext
+from fissile.run.stages import Stages, baseline_solver
+
+
+class Measurements:
+    """Scores of one run, by key."""
+
+    def __init__(self, context: RunContext, stages: Stages) -> None:
+        self.context, self.stages, self.recipe = context, stages, context.recipe
+        self.store = context.journal.store("evaluate")
+        self.plan = list(self._plan())
+        self._held_out: HeldOut | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Make every measurement that is missing; return all of them."""
+        scores: dict[str, Any] = {}
+        for done, (key, work) in enumerate(self.plan, start=1):
+            if not self.store.has(key):
+                self.store.save(key, {"seen": torch.tensor(1)}, work())
+            scores[key] = self.store.load(key)[1]
+            self.context.tick("evaluate", done, len(self.plan), f"{key} {scores[key]['ppl']:.2f}")
+        return self._assemble(scores)
+
+    def _plan(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+        yield "dense", lambda: self._score(load_source(self.context.source))
+        if self.recipe.extract.enabled:
+            for share in self.recipe.evaluate.shares:
+                for name in self.recipe.evaluate.controls:
+                    for recovery in self._recoveries():
+                        key = f"{name}.{share:g}.{recovery}"
+                        yield key, self._bind(self._control, name, share, recovery)
+            yield "converted", lambda: self._score(load_source(self.stages.recovered))
+        if self.recipe.quantize.enabled:
+            for bits in self.recipe.quantize.widths:
+                yield f"nested.{bits}", self._bind(self._artifact, bits)
+                for kind in self.recipe.evaluate.baselines:
+                    yield f"{kind}.{bits}", self._bind(self._baseline, kind, bits)
+
+    @staticmethod
+    def _bind(work: Callable[..., dict[str, Any]], *args: Any) -> Callable[[], dict[str, Any]]:
+        return lambda: work(*args)
+
+    def _recoveries(self) -> list[str]:
+        found = ["none"]
+        if self.recipe.recover.refit:
+            found.append("refit")
+        if self.recipe.evaluate.control_recover_steps and self.recipe.recover.method != "none":
+            found.append("trained")
+        return found
+
+    @property
+    def held_out(self) -> HeldOut:
+        """Held-out windows, the same for every model of the run."""
+        if self._held_out is None:
+            settings = self.recipe.evaluate
+            source = self.context.source
+            self._held_out = prepare(
+                source.config,
+                load_tokenizer(source.folder),
+                read_documents(self.context.data("heldout.jsonl", settings.data)),
+                context=min(settings.context, source.config.max_position_embeddings),
+                tokens=settings.tokens,
+                seed=self.recipe.seed,
+            )
+        return self._held_out
+
+    def _score(self, model: Any) -> dict[str, Any]:
+        batch = self.recipe.evaluate.batch_tokens
+        result = measure(model.eval(), self.held_out, batch_tokens=batch)
+        return result.score() | {"n_tokens": result.n_tokens}
+
+    # -- controls --------------------------------------------------------------------------------
+
+    def _control(self, name: str, share: float, recovery: str) -> dict[str, Any]:
+        source = self._control_source(name, share)
+        control = name if name in ("random", "oracle") else None
+
+        def prepare_layer(layer: Any, index: int) -> None:
+            if control is not None:
+                install_control(layer, control, self.recipe.seed * 1000 + index)
+
+        if recovery != "none" and self.recipe.recover.refit and source.routing["shared_bias"]:
+            refits: list[RefitLayer] = self.stages.refit(
+                source, f"controls/{name}.{share:g}.refit", prepare_layer
+            )
+            source.refits = refits
+        model = load_source(source)
+        for i, layer in enumerate(model.model.layers):
+            prepare_layer(layer, i)
+        if recovery == "trained":
+            steps = self.recipe.evaluate.control_recover_steps
+            settings = self.recipe.recover.model_copy(update={"steps": steps})
+            model, _ = recover(
+                model,
+                load_source(self.context.source),
+                self.stages.training_windows(),
+                settings,
+                seed=self.recipe.seed,
+                checkpoint=self.context.journal.store("controls").path(
+                    f"{name}.{share:g}.training"
+                ),
+                progress=self.context.tick,
+            )
+        return self._score(model)
+
+    def _control_source(self, name: str, share: float) -> ConvertedSource:
+        if name == "static":
+            return self.stages.static_source(share)
+        if share == self.recipe.extract.active_share:
+            experts = self.stages.experts
+        else:
+            unit = f"controls/share_{share:g}"
+            experts = self.stages.experts_at(share, f"{unit}/extract", f"{unit}/route")
+        kind = {"pregate": "pregate", "ridge": "layerwise"}.get(name, "layerwise")
+        return self.stages.raw_source(kind, experts)
+
+    # -- widths ----------------------------------------------------------------------------------
+
+    def _artifact(self, bits: int) -> dict[str, Any]:
+        return self._score(models.load(self.context.out / "model", bits=bits))
+
+    def _baseline(self, kind: Any, bits: int) -> dict[str, Any]:
+        solver = baseline_solver(kind, bits, self.recipe.quantize, self.recipe.seed)
+        source = self.stages.recovered
+        layers = self.stages.run_solver(source, solver, f"controls/{kind}.{bits}")
+        return self._score(load_source(decoded(source, layers)))
+
+    # -- assembling ------------------------------------------------------------------------------
+
+    def _assemble(self, scores: dict[str, Any]) -> dict[str, Any]:
+        variants, widths = [], []
+        for key, score in scores.items():
+            name, _, rest = key.partition(".")
+            if key == "dense":
+                continue
+            if name in self.recipe.evaluate.controls:
+                share, _, recovery = rest.rpartition(".")
+                row = {"name": name, "share": float(share), "recovery": recovery, "bits": None}
+                variants.append(row | score)
+            elif key == "converted":
+                trained = self.recipe.recover.method != "none" and self.recipe.recover.steps
+                kind = self.recipe.route.kind
+                row = {
+                    "name": {"layerwise": "ridge"}.get(kind, kind),
+                    "share": self.recipe.extract.active_share,
+                    "recovery": "trained" if trained else "refit",
+                    "bits": None,
+                }
+                if trained:
+                    variants.append(row | score)
+                widths.append({"method": "float", "bits": None, **self._size(None)} | score)
+            else:
+                widths.append({"method": name, "bits": int(rest), **self._size(int(rest))} | score)
+        return {"dense": scores["dense"], "variants": variants, "widths": widths}
+
+    def _size(self, bits: int | None) -> dict[str, Any]:
+        """Bytes that a load holds, and bits per weight of what was quantized, floats included."""
+        fields = models.load_config(self.context.out / "model").to_dict()
+        nested = fields["nested"] or {"modules": [], "group_size": 1, "groups": {}}
+        modules, total, packed, weights = set(nested["modules"]), 0, 0, 0
+        for name, shape in float_shapes(self.context.source.family, fields):
+            count = int(torch.tensor(shape).prod())
+            if name not in modules or bits is None:
+                total += 2 * count
+                continue
+            group = nested["groups"].get(name, nested["group_size"])
+            packed += loaded_bytes(shape, group, bits)
+            weights += count
+        per_weight = 8 * packed / weights if weights else 16.0
+        return {"bytes": total + packed, "bits_per_weight": per_weight}
+
+
+def decoded(source: StateSource, layers: Iterator[QuantizedLayer]) -> MemorySource:
+    """A quantized model as float weights, at the widest width that was solved."""
+    state: dict[str, Tensor] = dict(source.outer_state())
+    for i, layer in enumerate(layers):
+        own = layer.kept | {name: decode(layer.parts, name) for name in layer.groups}
+        state |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
+    return MemorySource(source.config, state)

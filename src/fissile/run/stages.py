@@ -1,0 +1,390 @@
+"""The stages that make a model: calibrate, extract, route, recover, quantize, export.
+
+Each reads what the stages before it left in the journal and returns a record for the report, so any
+of them can be resumed or replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fissile.config import Baseline, Quantize
+from fissile.export.artifact import write_artifact
+from fissile.io.manifest import Origin
+from fissile.io.units import UnitStore
+from fissile.kernels.layout import LAYOUT_VERSION
+from fissile.models.build import with_nested
+from fissile.models.configuration_fissile import FissileConfig
+from fissile.models.source import MemorySource, UnitSource, load_source, save_units
+from fissile.models.stream import StateSource, StreamedModel
+from fissile.quant.baselines import gptq, rtn
+from fissile.quant.decouple import solve
+from fissile.quant.layers import QuantizedLayer, Solver, quantize_model, read_layer
+from fissile.quant.nested import NestedWeight
+from fissile.refactor.calibrate import Windows, calibrate
+from fissile.refactor.convert import AnyPartition, ConvertedSource, routing_of
+from fissile.refactor.domains import MembershipPartition
+from fissile.refactor.partition import Partition
+from fissile.refactor.recover import recover
+from fissile.refactor.refit import RefitLayer, refit_layers
+from fissile.refactor.statistics import NeuronStatistics
+from fissile.run.context import RunContext
+from fissile.run.experts import (
+    Experts,
+    build_experts,
+    compensated,
+    extract_layer,
+    static_bias,
+    static_layer,
+)
+from fissile.run.ledger import Event
+
+
+class Stages:
+    """The stages of one run over one context; intermediate results are loaded when asked for."""
+
+    def __init__(self, context: RunContext) -> None:
+        self.context, self.recipe = context, context.recipe
+
+    @cached_property
+    def dense(self) -> StreamedModel:
+        """The dense model, streamed."""
+        return StreamedModel(self.context.source)
+
+    @cached_property
+    def windows(self) -> Windows:
+        """Calibration windows."""
+        return self.context.calibration()
+
+    # -- calibrate, extract ----------------------------------------------------------------------
+
+    def calibrate(self) -> dict[str, Any]:
+        """Gather neuron statistics."""
+        stats = self.statistics
+        return {
+            "tokens": int(self.windows.ids_NS.numel()),
+            "domains": list(self.windows.domains),
+            "layers": len(stats),
+        }
+
+    @cached_property
+    def statistics(self) -> list[NeuronStatistics]:
+        """Neuron statistics of every layer."""
+        settings = self.recipe.calibrate
+        return calibrate(
+            self.dense,
+            self.windows,
+            batch_tokens=settings.batch_tokens,
+            sketch_dim=settings.sketch_dim,
+            seed=self.recipe.seed,
+            store=self.context.journal.store("calibrate"),
+            progress=self.context.tick,
+        )
+
+    def extract(self) -> dict[str, Any]:
+        """Partition the neurons of every layer."""
+        parts = self.partitions(self.recipe.extract.active_share, "extract")
+        first = parts[0]
+        record: dict[str, Any] = {"shared": [p.shared_size for p in parts]}
+        if isinstance(first, MembershipPartition):
+            record["kept"] = [len(p.order_P) for p in parts if isinstance(p, MembershipPartition)]
+        return record | {"num_experts": first.num_experts}
+
+    def partitions(self, share: float, unit: str) -> list[AnyPartition]:
+        """Partitions at an active share, kept under `unit`."""
+        settings, store = self.recipe.extract, self.context.journal.store(unit)
+        kind = MembershipPartition if settings.method == "readme" else Partition
+        result: list[AnyPartition] = []
+        for i, stats in enumerate(self.statistics):
+            if not store.has(name := f"layer_{i:03d}"):
+                seed = self.recipe.seed * 1000 + i
+                made = extract_layer(stats, settings, share, seed, compensated(self.recipe))
+                store.save(name, made.state())
+            result.append(kind.from_state(store.load(name)[0]))
+            self.context.tick("extract", i + 1, len(self.statistics), f"share {share:g}")
+        return result
+
+    # -- route -----------------------------------------------------------------------------------
+
+    def route(self) -> dict[str, Any]:
+        """Make the routers of the recipe's active share."""
+        return {"routing": self.experts.report, "router_curve": self.experts.curve}
+
+    @cached_property
+    def experts(self) -> Experts:
+        """Experts and routers at the recipe's active share."""
+        return self.experts_at(self.recipe.extract.active_share, "extract", "route")
+
+    def experts_at(self, share: float, extract_unit: str, route_unit: str) -> Experts:
+        """Experts and routers at another active share, for the controls."""
+        pregate = "pregate" in (self.recipe.route.kind, *self.recipe.evaluate.controls)
+        return build_experts(
+            self.dense,
+            self.windows,
+            self.partitions(share, extract_unit),
+            self.recipe,
+            self.context.journal.store(route_unit),
+            pregate=pregate,
+            progress=self.context.tick,
+        )
+
+    # -- recover ---------------------------------------------------------------------------------
+
+    def recover(self) -> dict[str, Any]:
+        """Re-fit the shared projections, then train."""
+        settings, curve = self.recipe.recover, []
+        events: list[Event] = []
+        record: dict[str, Any] = {}
+        if settings.refit:
+            record["refit"] = [[r.error_before, r.error_after, r.kind] for r in self.refits]
+            events = [_rejected(i, r) for i, r in enumerate(self.refits) if r.kind == "none"]
+        self.context.ledger.replace_stage("recover", events)
+        if settings.method != "none" and settings.steps:
+            curve = self._train(self.untrained, "recover")
+        return record | {"recovery_curve": curve}
+
+    @cached_property
+    def refits(self) -> list[RefitLayer]:
+        """Least-squares re-fit of every layer's shared projection."""
+        return self.refit(self.raw_source(self.recipe.route.kind, self.experts), "recover/refit")
+
+    def raw_source(self, kind: str, experts: Experts) -> ConvertedSource:
+        """The converted model before any recovery."""
+        routing = routing_of(kind, experts.partitions, self.recipe.extract.top_k, self.recipe.route)  # type: ignore[arg-type]
+        router = experts.router if kind == "pregate" else None
+        selectors = experts.selectors if kind == "layerwise" else None
+        if kind == "static":
+            return self.static_source(self.recipe.extract.active_share)
+        return ConvertedSource(
+            self.context.source, experts.partitions, routing, router=router, selectors=selectors
+        )
+
+    def static_source(self, share: float) -> ConvertedSource:
+        """Static pruning at an active share, with the bias that restores the mean."""
+        partitions, biases = [], []
+        for i, stats in enumerate(self.statistics):
+            partition, mean_F = static_layer(stats, share, self.recipe.extract.multiple)
+            down = self.context.source.layer_state(i)["mlp.shared.down_proj.weight"]
+            partitions.append(partition)
+            biases.append(static_bias(partition, mean_F, down))
+        routing = routing_of("static", partitions, 1, self.recipe.route)
+        return ConvertedSource(self.context.source, partitions, routing, biases=biases)
+
+    def refit(
+        self, source: ConvertedSource, unit: str, prepare: Callable[..., None] | None = None
+    ) -> list[RefitLayer]:
+        """Re-fit a converted model on its own path."""
+        return refit_layers(
+            StreamedModel(source),
+            self.dense,
+            self.windows.ids_NS,
+            batch_tokens=self.recipe.calibrate.batch_tokens,
+            prepare=prepare,
+            store=self.context.journal.store(unit),
+            progress=self.context.tick,
+        )
+
+    @property
+    def untrained(self) -> ConvertedSource:
+        """The converted model after the re-fit, before training."""
+        source = self.raw_source(self.recipe.route.kind, self.experts)
+        if self.recipe.recover.refit and source.routing["shared_bias"]:
+            source.refits = self.refits
+        return source
+
+    def _train(self, source: StateSource, unit: str) -> list[float]:
+        """Train a converted model; its weights become units."""
+        store = self.context.journal.store(f"{unit}/model")
+        if store.has("curve"):
+            return store.load("curve")[1]["curve"]
+        model, curve = recover(
+            load_source(source),
+            load_source(self.context.source),
+            self.training_windows(),
+            self.recipe.recover,
+            seed=self.recipe.seed,
+            checkpoint=self.context.journal.store(unit).path("training"),
+            progress=self.context.tick,
+        )
+        state = dict(model.state_dict())
+        if source.config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        save_units(MemorySource(source.config, state), store)
+        store.save("curve", {"curve": torch.tensor(curve)}, {"curve": curve})
+        return curve
+
+    def training_windows(self) -> Tensor:
+        """Calibration windows cut to the training context, int64."""
+        ids = self.windows.ids_NS
+        context = min(self.recipe.recover.context, ids.shape[1])
+        return ids[:, : ids.shape[1] // context * context].reshape(-1, context)
+
+    @cached_property
+    def recovered(self) -> StateSource:
+        """The model that is quantized: dense, converted, or converted and trained."""
+        if not self.recipe.extract.enabled:
+            return self.context.source
+        settings = self.recipe.recover
+        if settings.method != "none" and settings.steps:
+            return UnitSource(self.untrained.config, self.context.journal.store("recover/model"))
+        return self.untrained
+
+    # -- quantize, export ------------------------------------------------------------------------
+
+    def quantize(self) -> dict[str, Any]:
+        """Solve every layer's integers."""
+        solver = nested_solver(self.recipe.quantize, self.recipe.seed)
+        events, rows = [], []
+        for i, layer in enumerate(self.run_solver(self.recovered, solver, "quantize")):
+            events += [Event(stage="quantize", layer=i, **event) for event in layer.events]
+            for name, losses in layer.losses.items():
+                loss = {str(width): value for width, value in losses.items()}
+                rows.append({"layer": i, "tensor": name, "loss": loss})
+        self.context.ledger.replace_stage("quantize", events)
+        return {"layers": rows}
+
+    def run_solver(
+        self, source: StateSource, solver: Solver, unit: str
+    ) -> Iterator[QuantizedLayer]:
+        """Quantize a model with any solver, one layer in memory at a time."""
+        settings, ids = self.recipe.quantize, self.windows.ids_NS
+        count = max(1, settings.tokens // ids.shape[1])
+        # Evenly spaced windows keep the mixture of domains.
+        picked = ids[torch.linspace(0, len(ids) - 1, min(count, len(ids))).round().long()]
+        return quantize_model(
+            StreamedModel(source),
+            picked,
+            solver,
+            group_size=settings.group_size,
+            attention=settings.attention,
+            batch_tokens=self.recipe.calibrate.batch_tokens,
+            store=self.context.journal.store(unit),
+            progress=self.context.tick,
+        )
+
+    def export(self) -> dict[str, Any]:
+        """Write the artifact."""
+        from fissile.run.card import model_card
+
+        context, settings = self.context, self.recipe.export
+        store = context.journal.store("quantize") if self.recipe.quantize.enabled else None
+        config, provide = artifact_tensors_of(self.recovered, store, self.recipe.quantize)
+        if config.nested is not None:
+            widths = config.nested["widths"]
+            config.bits = settings.default_bits if settings.default_bits in widths else widths[-1]
+        manifest = write_artifact(
+            context.out / "model",
+            config,
+            context.source.family,
+            provide,
+            source=context.source.folder,
+            dtype=settings.dtype,
+            max_shard_bytes=settings.max_shard_bytes,
+            origin=origin_of(context),
+            card=lambda folder: model_card(folder, context.out),
+            overwrite=True,
+        )
+        sizes = [entry["bytes"] for entry in manifest["files"].values()]
+        context.tick("export", 1, 1, f"{sum(sizes)} bytes")
+        return {"files": len(sizes), "bytes": sum(sizes)}
+
+
+def _rejected(layer: int, result: RefitLayer) -> Event:
+    return Event(
+        "refit_rejected",
+        "recover",
+        layer,
+        "mlp.shared.down_proj",
+        f"no change lowers the held-out error {result.error_before:.3e}",
+        result.error_after,
+    )
+
+
+def origin_of(context: RunContext) -> Origin:
+    """Where the artifact of a run came from."""
+    from fissile.run.context import source_sha256
+
+    return Origin(
+        source={
+            "name": context.source.folder.name,
+            "sha256": source_sha256(context.source.headers),
+        },
+        seed=context.recipe.seed,
+        recipe_sha256=context.recipe.sha256(),
+    )
+
+
+def nested_solver(settings: Quantize, seed: int) -> Solver:
+    """The recipe's own solver: all widths in one code."""
+
+    def solver(weight: Tensor, hessian: Tensor, group_size: int) -> NestedWeight:
+        return solve(
+            weight,
+            hessian,
+            widths=settings.widths,
+            group_size=group_size,
+            omega=settings.omega,
+            effort=settings.effort,
+            damp=settings.damp,
+            seed=seed,
+        )
+
+    return solver
+
+
+def baseline_solver(kind: Baseline, bits: int, settings: Quantize, seed: int) -> Solver:
+    """A solver for one width alone, to compare the nested code with."""
+    single = settings.model_copy(update={"widths": (bits,)})
+    if kind == "dedicated":
+        return nested_solver(single, seed)
+    if kind == "gptq":
+        return lambda weight, hessian, group: gptq(weight, hessian, bits, group, damp=settings.damp)
+    return lambda weight, _hessian, group: rtn(weight, bits, group)
+
+
+def artifact_tensors_of(
+    source: StateSource, store: UnitStore | None, settings: Quantize
+) -> tuple[FissileConfig, Callable[[str], Tensor]]:
+    """Configuration of the artifact and a provider of its tensors, asked for layer by layer.
+
+    Args:
+        source: the model before quantization.
+        store: units that `quantize_model` left; None for float weights.
+        settings: of the quantization.
+    """
+    config = with_nested(source.config, None, None)
+    if store is not None:
+        groups: dict[str, int] = {}
+        for i in range(config.num_base_layers):
+            own = read_layer(store, i).groups
+            groups |= {f"model.layers.{i}.{name}": group for name, group in own.items()}
+        nested = {
+            "layout": LAYOUT_VERSION,
+            "widths": list(settings.widths),
+            "group_size": settings.group_size,
+            "groups": {n: g for n, g in groups.items() if g != settings.group_size},
+            "modules": list(groups),
+        }
+        config = with_nested(source.config, nested, settings.widths[-1])
+    outer = source.outer_state()
+    cache: dict[int, dict[str, Tensor]] = {}
+
+    def provide(name: str) -> Tensor:
+        if name in outer:
+            return outer[name]
+        index, _, rest = name.removeprefix("model.layers.").partition(".")
+        if int(index) not in cache:
+            cache.clear()
+            if store is None:
+                cache[int(index)] = source.layer_state(int(index))
+            else:
+                layer = read_layer(store, int(index))
+                cache[int(index)] = layer.kept | layer.parts
+        return cache[int(index)][rest]
+
+    return config, provide
