@@ -9,6 +9,8 @@ DEMO_OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# OpenMP threads that spin while they wait make a busy machine very slow.
+export GOMP_SPINCOUNT ?= 0
 
 .PHONY: help setup demo test test-slow lint types unit clean
 

@@ -60,11 +60,8 @@ def evaluate(
     model = load_model(folder, config, bits)
     common = {"context": context, "batch_tokens": batch_tokens, "limit": limit}
     began = time.perf_counter()
-    if task == "perplexity":
-        result = _perplexity(model, tokenizer, rows, common, progress)
-    else:
-        result = _choices(model, tokenizer, rows, common, progress)
-    count, value, stderr, groups, details = result
+    score = _perplexity if task == "perplexity" else _choices
+    count, value, stderr, groups, details = score(model, tokenizer, rows, common, progress)
     conditions = {
         **details,
         "batch_tokens": batch_tokens,

@@ -60,6 +60,8 @@ class HessianAccumulator:
         if (index is None) != (self.batch == ()):
             found = "missing" if index is None else "given"
             raise ValueError(f"index is {found} and batch is {self.batch}: give both or neither")
+        if not len(x_TD):
+            return
         if index is None:
             self._sum_EDD[0] += x_TD.T @ x_TD
             self._count_E[0] += x_TD.shape[0]

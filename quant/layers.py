@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fissile.families.sizes import fitting_group
 from fissile.io.units import UnitStore
 from fissile.models.modeling_fissile import FissileDecoderLayer
 from fissile.models.modules_fissile import FissileExperts, GatedMLP, Route, RoutedMLP
@@ -28,7 +29,6 @@ Solver = Callable[[Tensor, Tensor, int], NestedWeight]
 
 Progress = Callable[[str, int, int, str], None]
 
-GROUP_SIZES = (128, 64, 32)
 EXPERT_HESSIAN_BYTES = 1 << 30
 """Experts are solved in as many rounds as keep their Hessians below this."""
 
@@ -54,11 +54,6 @@ class QuantizedLayer:
     def record(self) -> dict[str, Any]:
         """The part that is stored as JSON."""
         return {"groups": self.groups, "losses": self.losses, "events": self.events}
-
-
-def group_for(inputs: int, wanted: int) -> int | None:
-    """Largest supported group size up to `wanted` that divides `inputs`; None if there is none."""
-    return next((g for g in GROUP_SIZES if g <= wanted and inputs % g == 0), None)
 
 
 @torch.no_grad()
@@ -225,7 +220,7 @@ class _LayerWorker:
         self._solve_linears([f"{prefix}.down_proj"], [mlp.down_proj], hessian.finish()[0])
 
     def _solve_linears(self, names: list[str], linears: list[nn.Linear], hessian: Tensor) -> None:
-        group = group_for(linears[0].in_features, self.group_size)
+        group = fitting_group(linears[0].in_features, self.group_size)
         if group is None:
             for name in names:
                 self._keep(name, linears[0].in_features)
@@ -251,7 +246,7 @@ class _LayerWorker:
             {
                 "kind": "kept_float",
                 "module": name,
-                "detail": f"{inputs} inputs are no multiple of {GROUP_SIZES[-1]}",
+                "detail": f"no group size divides {inputs} inputs",
                 "value": float(inputs),
             }
         )
@@ -267,7 +262,7 @@ class _LayerWorker:
 
     def _expert_gate_up(self, experts: FissileExperts, begin: int, end: int) -> None:
         name = "mlp.experts.gate_up_proj"
-        group = group_for(experts.hidden_dim, self.group_size)
+        group = fitting_group(experts.hidden_dim, self.group_size)
         if group is None:
             self._keep(name, experts.hidden_dim)
             return
@@ -290,7 +285,7 @@ class _LayerWorker:
 
     def _expert_down(self, experts: FissileExperts) -> None:
         name, size = "mlp.experts.down_proj", experts.intermediate_dim
-        group = group_for(size, self.group_size)
+        group = fitting_group(size, self.group_size)
         if group is None:
             self._keep(name, size)
             return

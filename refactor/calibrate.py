@@ -17,7 +17,7 @@ from fissile.io.units import UnitStore
 from fissile.models.modeling_fissile import FissileDecoderLayer
 from fissile.models.stream import StreamedModel, batches
 from fissile.refactor.domains import MembershipPartition
-from fissile.refactor.layerwise import ranking_targets
+from fissile.refactor.layerwise import ranking_targets, ridge_selector
 from fissile.refactor.moments import Moments
 from fissile.refactor.oracle import ExpertNorms
 from fissile.refactor.partition import Partition
@@ -81,7 +81,7 @@ def down_weight(layer: FissileDecoderLayer) -> Tensor:
     return layer.mlp.shared.down_proj.weight
 
 
-def calibrate(
+def gather_statistics(
     model: StreamedModel,
     windows: Windows,
     *,
@@ -107,33 +107,34 @@ def calibrate(
     result = []
     for i in range(model.num_layers):
         layer = model.layer(i)
-        down = down_weight(layer)
-        stats = NeuronStatistics(
-            column_norms(down), domains=len(windows.domains), sketch_dim=sketch_dim, seed=seed
-        )
-        done = store.has(unit := f"layer_{i:03d}")
-
-        def visit(
-            layer: FissileDecoderLayer,
-            x_TD: Tensor,
-            part: slice,
-            stats: NeuronStatistics = stats,
-            done: bool = done,
-        ) -> Tensor:
-            h_TF = neurons(layer, x_TD)
-            if not done:
-                stats.add(h_TF, windows.token_domains(part), windows.token_index(part))
-            return torch.nn.functional.linear(h_TF, down_weight(layer))
-
-        run_layer(model, layer, hidden_NSD, batch_tokens, visit)
-        if done:
-            stats = NeuronStatistics.from_state(store.load(unit)[0])
+        if store.has(unit := f"layer_{i:03d}"):
+            run_layer(model, layer, hidden_NSD, batch_tokens, _dense)
+            result.append(NeuronStatistics.from_state(store.load(unit)[0]))
         else:
+            norms_F, domains = column_norms(down_weight(layer)), len(windows.domains)
+            stats = NeuronStatistics(norms_F, domains=domains, sketch_dim=sketch_dim, seed=seed)
+
+            def visit(
+                layer: FissileDecoderLayer,
+                x_TD: Tensor,
+                part: slice,
+                stats: NeuronStatistics = stats,
+            ) -> Tensor:
+                h_TF = neurons(layer, x_TD)
+                stats.add(h_TF, windows.token_domains(part), windows.token_index(part))
+                return torch.nn.functional.linear(h_TF, down_weight(layer))
+
+            run_layer(model, layer, hidden_NSD, batch_tokens, visit)
             store.save(unit, stats.state())
-        result.append(stats)
+            result.append(stats)
         if progress is not None:
             progress("calibrate", i + 1, model.num_layers, f"{windows.ids_NS.numel()} tokens")
     return result
+
+
+def _dense(layer: FissileDecoderLayer, x_TD: Tensor, _part: slice) -> Tensor:
+    """The MLP of a dense layer, nothing measured."""
+    return layer.mlp(x_TD)
 
 
 def measure_oracle(
@@ -141,58 +142,59 @@ def measure_oracle(
     windows: Windows,
     partitions: Sequence[Partition | MembershipPartition],
     *,
+    ridge: float,
     batch_tokens: int,
     store: UnitStore | None = None,
     progress: Progress | None = None,
-) -> tuple[list[Tensor], list[Moments]]:
-    """Second pass: what the oracle would choose, and the moments a ridge router is solved from.
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Second pass: what the oracle would choose, and the layer-wise routers that come closest.
 
     Args:
         model: the dense model.
         windows: calibration text.
         partitions: experts of every layer.
+        ridge: of the layer-wise routers, in units of the inputs' mean variance.
         batch_tokens: tokens per forward pass.
         store: finished layers are kept here and not computed again.
         progress: called as (stage, done, total, detail).
 
     Returns:
-        Norms of the experts' outputs (T, E) per layer; and per layer the moments of pairs of MLP
-        input and ranking targets, which `layerwise.ridge_selector` solves.
+        Norms of the experts' outputs (T, E) per layer, and per layer what `ridge_selector` gives.
     """
     store = store or UnitStore()
     hidden_NSD = model.embed(windows.ids_NS)
-    norms, ridges = [], []
+    norms: list[Tensor] = []
+    selectors: list[dict[str, Tensor]] = []
     for i, partition in enumerate(partitions):
         layer = model.layer(i)
-        done = store.has(unit := f"layer_{i:03d}")
-        measure = ExpertNorms(down_weight(layer), partition)
-        ridge = Moments(model.config.hidden_size, partition.num_experts)
-        rows: list[Tensor] = []
-
-        def visit(
-            layer: FissileDecoderLayer,
-            x_TD: Tensor,
-            part: slice,
-            measure: ExpertNorms = measure,
-            ridge: Moments = ridge,
-            rows: list[Tensor] = rows,
-            done: bool = done,
-        ) -> Tensor:
-            h_TF = neurons(layer, x_TD)
-            if not done:
-                rows.append(measure(h_TF))
-                ridge.add(x_TD, ranking_targets(rows[-1]))
-            return torch.nn.functional.linear(h_TF, down_weight(layer))
-
-        run_layer(model, layer, hidden_NSD, batch_tokens, visit)
-        if done:
-            state = store.load(unit)[0]
-            norms.append(state.pop("norms_TE"))
-            ridges.append(Moments.from_state(state))
+        if store.has(unit := f"layer_{i:03d}"):
+            run_layer(model, layer, hidden_NSD, batch_tokens, _dense)
+            selectors.append(store.load(unit)[0])
+            norms.append(selectors[-1].pop("norms_TE"))
         else:
-            norms.append(torch.cat(rows))
-            store.save(unit, {"norms_TE": norms[-1], **ridge.state()})
-            ridges.append(ridge)
+            measure = _OracleVisit(layer, partition)
+            run_layer(model, layer, hidden_NSD, batch_tokens, measure)
+            norms.append(torch.cat(measure.rows))
+            selectors.append(ridge_selector(measure.moments, ridge))
+            store.save(unit, {"norms_TE": norms[-1], **selectors[-1]})
         if progress is not None:
             progress("route", i + 1, model.num_layers, "oracle")
-    return norms, ridges
+    return norms, selectors
+
+
+class _OracleVisit:
+    """Collects expert norms and the moments of the layer-wise router while a layer runs."""
+
+    def __init__(
+        self, layer: FissileDecoderLayer, partition: Partition | MembershipPartition
+    ) -> None:
+        down_DF = down_weight(layer)
+        self._norms = ExpertNorms(down_DF, partition)
+        self.moments = Moments(len(down_DF), partition.num_experts)
+        self.rows: list[Tensor] = []
+
+    def __call__(self, layer: FissileDecoderLayer, x_TD: Tensor, _part: slice) -> Tensor:
+        h_TF = neurons(layer, x_TD)
+        self.rows.append(self._norms(h_TF))
+        self.moments.add(x_TD, ranking_targets(self.rows[-1]))
+        return torch.nn.functional.linear(h_TF, down_weight(layer))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,23 +105,24 @@ def choose_shared(scores_F: Tensor, size: int) -> Tensor:
     return best.sort().values
 
 
-def balanced_assign(cost_NK: Tensor, capacity: int) -> Tensor:
-    """Assign N = K * capacity items to K clusters, `capacity` each, at the lowest total cost.
+def balanced_assign(cost_NK: Tensor, capacity: int | Tensor) -> Tensor:
+    """Assign N items to K clusters of fixed sizes at the lowest total cost.
 
     A transportation problem, solved exactly: capacity prices come near, shortest augmenting paths
     over the K clusters finish. Never an N x N assignment.
 
     Args:
         cost_NK: cost of each item in each cluster (N, K), finite.
-        capacity: items per cluster.
+        capacity: items per cluster, one number or int64 (K,).
 
     Returns:
         int64 (N,), cluster of each item.
 
     Raises:
-        ValueError: N is not K * capacity, or a cost is not finite.
+        ValueError: the capacities do not add up to N, or a cost is not finite.
     """
-    labels, _ = transport(cost_NK.double().cpu().numpy(), capacity)
+    size_K = torch.as_tensor(capacity, dtype=torch.int64).expand(cost_NK.shape[1])
+    labels, _ = transport(cost_NK.double().cpu().numpy(), size_K.cpu().numpy())
     return torch.from_numpy(labels).to(cost_NK.device)
 
 
@@ -155,11 +157,11 @@ def cluster(
     if standardize:
         x_NQ = torch.nn.functional.normalize(x_NQ, dim=1)
     centre_EQ = _spread_seeds(x_NQ, num_experts, seed)
-    labels, prices = None, None
+    labels, prices, sizes = None, None, np.full(num_experts, size)
     for _ in range(max(1, iterations)):
         # ||x||^2 is the same for every cluster and does not change the assignment.
         cost_NE = centre_EQ.square().sum(1) - 2 * x_NQ @ centre_EQ.T
-        found, prices = transport(cost_NE.numpy(), size, prices)
+        found, prices = transport(cost_NE.numpy(), sizes, prices)
         new = torch.from_numpy(found)
         if labels is not None and torch.equal(new, labels):
             break

@@ -27,7 +27,7 @@ def distill_loss(student_BSV: Tensor, teacher_BSV: Tensor, temperature: float) -
     return loss * temperature**2
 
 
-def recover(
+def train_to_teacher(
     student: FissileForCausalLM,
     teacher: nn.Module,
     ids_NS: Tensor,

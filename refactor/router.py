@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fissile.config import Route as RouteSettings
-from fissile.models.build import prepare_attention
+from fissile.models.build import prepare_parts
 from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.modules_fissile import PreGateRouter
 from fissile.models.stream import StreamedModel, batches
@@ -114,7 +114,7 @@ def distill_router(
 
 def new_router(config: FissileConfig, seed: int) -> PreGateRouter:
     """An untrained router whose weights depend on the seed alone."""
-    prepare_attention(config)
+    prepare_parts(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return PreGateRouter(config, config.num_base_layers)

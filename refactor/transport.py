@@ -1,4 +1,4 @@
-"""Exact solver of the balanced transportation problem: N items into K clusters of one capacity.
+"""Exact solver of the transportation problem: N items into K clusters of given capacities.
 
 Two phases. Prices: ascent on the dual, where every item takes the cluster of lowest cost + price,
 brings the cluster sizes near the capacity. Repair: an assignment that is cheapest at some prices is
@@ -23,44 +23,44 @@ _PRICE_STEPS = 150
 
 
 def transport(
-    cost_NK: Floats, capacity: int, prices_K: Floats | None = None
+    cost_NK: Floats, capacity_K: Ints, prices_K: Floats | None = None
 ) -> tuple[Ints, Floats]:
-    """Assign every item so that each cluster holds `capacity` and the total cost is the lowest.
+    """Assign every item so that each cluster is full and the total cost is the lowest.
 
     Args:
-        cost_NK: float64 (N, K), finite; N = K * capacity.
-        capacity: items per cluster.
+        cost_NK: float64 (N, K), finite.
+        capacity_K: int64 (K,), items per cluster; they add up to N.
         prices_K: prices of a similar problem to start from.
 
     Returns:
         Cluster of each item, int64 (N,), and the prices (K,) for the next similar problem.
 
     Raises:
-        ValueError: N is not K * capacity, or a cost is not finite.
+        ValueError: the capacities do not add up to N, or a cost is not finite.
     """
-    if cost_NK.ndim != 2 or len(cost_NK) != cost_NK.shape[1] * capacity:
-        raise ValueError(f"cost {cost_NK.shape} cannot fill clusters of {capacity}")
+    if cost_NK.shape != (capacity_K.sum(), len(capacity_K)) or (capacity_K < 0).any():
+        raise ValueError(f"cost {cost_NK.shape} cannot fill clusters of {capacity_K.tolist()}")
     if not np.isfinite(cost_NK).all():
         raise ValueError("costs hold NaN or infinite values")
     if cost_NK.size == 0:
         return np.zeros(len(cost_NK), dtype=np.int64), np.zeros(cost_NK.shape[1])
-    labels_N, prices_K = _price(cost_NK, capacity, prices_K)
-    return _Repair(cost_NK, labels_N, capacity).run(), prices_K
+    labels_N, prices_K = _price(cost_NK, capacity_K, prices_K)
+    return _Repair(cost_NK, labels_N, capacity_K).run(), prices_K
 
 
-def _price(cost_NK: Floats, capacity: int, start_K: Floats | None) -> tuple[Ints, Floats]:
+def _price(cost_NK: Floats, capacity_K: Ints, start_K: Floats | None) -> tuple[Ints, Floats]:
     """Raise the prices of over-full clusters; return the best-balanced assignment seen.
 
     Every price has its own step, grown while it keeps its direction and halved when it turns: costs
     span orders of magnitude, and no single step suits all clusters.
     """
     clusters = cost_NK.shape[1]
-    prices_K = _start(cost_NK, capacity, start_K)
+    prices_K = _start(cost_NK, capacity_K, start_K)
     direction_K, step_K = np.zeros(clusters), np.full(clusters, _first_step(cost_NK + prices_K))
     fewest, labels_N, found_K = len(cost_NK) + 1, np.zeros(0, dtype=np.int64), prices_K
     for _ in range(_PRICE_STEPS):
         trial_N = (cost_NK + prices_K).argmin(1)
-        over_K = np.bincount(trial_N, minlength=clusters) - capacity
+        over_K = np.bincount(trial_N, minlength=clusters) - capacity_K
         excess = int(np.maximum(over_K, 0).sum())
         if excess < fewest:
             fewest, labels_N, found_K = excess, trial_N, prices_K
@@ -69,22 +69,24 @@ def _price(cost_NK: Floats, capacity: int, start_K: Floats | None) -> tuple[Ints
         turned = np.sign(over_K) * direction_K
         step_K = step_K * np.where(turned > 0, 1.3, np.where(turned < 0, 0.5, 1.0))
         direction_K = np.sign(over_K)
-        prices_K = prices_K + step_K * np.clip(over_K / capacity, -1, 1)
+        prices_K = prices_K + step_K * np.clip(over_K / np.maximum(capacity_K, 1), -1, 1)
     return labels_N, found_K
 
 
-def _start(cost_NK: Floats, capacity: int, warm_K: Floats | None) -> Floats:
+def _start(cost_NK: Floats, capacity_K: Ints, warm_K: Floats | None) -> Floats:
     """The better balanced of the given prices and prices at which every cluster is as attractive
-    to its `capacity` best items as any other."""
+    to as many of its best items as it can hold as any other."""
     relative_NK = cost_NK - cost_NK.mean(1, keepdims=True)
-    cold_K = -np.partition(relative_NK, capacity - 1, axis=0)[capacity - 1]
+    last_K = np.maximum(capacity_K, 1) - 1
+    ranked_NK = np.partition(relative_NK, np.unique(last_K), axis=0)
+    cold_K = -ranked_NK[last_K, np.arange(len(last_K))]
     if warm_K is None:
         return cold_K
-    fullest = [
-        np.bincount((cost_NK + prices_K).argmin(1), minlength=len(cold_K)).max()
-        for prices_K in (warm_K, cold_K)
+    excess = [
+        np.maximum(np.bincount(c.argmin(1), minlength=len(cold_K)) - capacity_K, 0).sum()
+        for c in (cost_NK + warm_K, cost_NK + cold_K)
     ]
-    return warm_K if fullest[0] <= fullest[1] else cold_K
+    return warm_K if excess[0] <= excess[1] else cold_K
 
 
 def _first_step(cost_NK: Floats) -> float:
@@ -99,8 +101,8 @@ def _first_step(cost_NK: Floats) -> float:
 class _Repair:
     """Successive shortest paths on the K-node residual graph."""
 
-    def __init__(self, cost_NK: Floats, labels_N: Ints, capacity: int) -> None:
-        self.cost, self.labels, self.capacity = cost_NK, labels_N, capacity
+    def __init__(self, cost_NK: Floats, labels_N: Ints, capacity_K: Ints) -> None:
+        self.cost, self.labels, self.capacity = cost_NK, labels_N, capacity_K
         clusters = cost_NK.shape[1]
         self.count = np.bincount(labels_N, minlength=clusters)
         # Ties must not send the search around a cycle whose length is rounding error.
@@ -146,8 +148,8 @@ class _Repair:
     def _augment(self, path: list[int]) -> None:
         """Move items along the path: as many as are tied for every edge's cheapest move."""
         room = min(
-            self.count[path[0]] - self.capacity,
-            self.capacity - self.count[path[-1]],
+            self.count[path[0]] - self.capacity[path[0]],
+            self.capacity[path[-1]] - self.count[path[-1]],
         )
         chosen = []
         for a, b in itertools.pairwise(path):

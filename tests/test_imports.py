@@ -202,8 +202,9 @@ def after_importing_everything() -> dict[str, object]:
     modules = [n.removesuffix(".__init__") for n in names if not n.endswith("__main__")]
     code = (
         f"import importlib, json, sys\nfor m in {modules!r}: importlib.import_module(m)\n"
-        "import torch\ntops = {m.split('.')[0] for m in sys.modules}\n"
-        f"bare = sorted(tops & set({FOLDERS!r}))\n"
+        # Only what lies in the folders counts: transformers itself looks for a package `kernels`.
+        f"import torch\nours = {FOLDERS!r}\n"
+        "bare = sorted(m for m in sys.modules if '.' in m and m.split('.')[0] in ours)\n"
         "print(json.dumps({'gpu': torch.cuda.is_initialized(), 'bare': bare}))"
     )
     return dict(json.loads(run_python(code)))

@@ -83,19 +83,25 @@ def test_batch_size_does_not_change_the_result(
     assert results[2] == pytest.approx(results[0], rel=2e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_logits_exist_in_chunks_only(
-    llama: Any, tokenizer: Any, make_documents: Make, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    request: pytest.FixtureRequest,
+    tokenizer: Any,
+    make_documents: Make,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = perplexity(llama, tokenizer, make_documents(), batch_tokens=2000)
+    model = request.getfixturevalue(name)
+    whole = perplexity(model, tokenizer, make_documents(), batch_tokens=2000)
     sizes: list[int] = []
 
     def watch(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
         sizes.append(output.numel())
 
     monkeypatch.setattr(scoring, "_CHUNK_ELEMENTS", 64 * 7)
-    handle = llama.lm_head.register_forward_hook(watch)
+    handle = model.lm_head.register_forward_hook(watch)
     try:
-        chunked = perplexity(llama, tokenizer, make_documents(), batch_tokens=2000)
+        chunked = perplexity(model, tokenizer, make_documents(), batch_tokens=2000)
     finally:
         handle.remove()
     # The first output is the probe of eight tokens that finds out how the head is applied.

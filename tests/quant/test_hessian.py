@@ -34,6 +34,15 @@ def test_sums_do_not_drift_over_many_small_calls() -> None:
     assert (accumulator.finish()[0] - want).norm() / want.norm() < 2e-7
 
 
+def test_a_batch_without_tokens_changes_nothing() -> None:
+    x, index = tokens(50, 8), torch.arange(50) % 3
+    plain, padded = HessianAccumulator(8, (3,)), HessianAccumulator(8, (3,))
+    plain.add(x, index)
+    padded.add(x[:0], index[:0])
+    padded.add(x, index)
+    assert torch.equal(plain.finish()[0], padded.finish()[0])
+
+
 @pytest.mark.parametrize("chosen", [1, 2])
 def test_every_expert_sees_its_own_tokens(chosen: int) -> None:
     experts, x = 5, tokens(300, 12)

@@ -33,9 +33,9 @@ COSTS: dict[str, Cost] = {
 }
 
 
-def exact(cost: np.ndarray, capacity: int) -> float:
-    rows, columns = linear_sum_assignment(np.repeat(cost, capacity, axis=1))
-    return float(cost[rows, columns // capacity].sum())
+def exact(cost: np.ndarray, capacity: int | list[int]) -> float:
+    cost = np.repeat(cost, capacity, axis=1)
+    return float(cost[linear_sum_assignment(cost)].sum())
 
 
 @pytest.mark.parametrize("kind", COSTS)
@@ -62,9 +62,22 @@ def test_assignment_of_many_items_is_optimal() -> None:
     assert cost[np.arange(1200), labels].sum() == pytest.approx(exact(cost, 150), rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", COSTS)
+def test_clusters_of_different_sizes(kind: str) -> None:
+    sizes = [60, 0, 10, 25, 25]
+    for seed in range(3):
+        cost = COSTS[kind](np.random.default_rng(seed), 120, 5)
+        labels = balanced_assign(torch.from_numpy(cost), torch.tensor(sizes)).numpy()
+        assert np.bincount(labels, minlength=5).tolist() == sizes
+        found = cost[np.arange(120), labels].sum()
+        assert found == pytest.approx(exact(cost, sizes), rel=1e-9, abs=1e-9)
+
+
 def test_assignment_refuses_what_cannot_be_balanced() -> None:
-    with pytest.raises(ValueError, match="cannot fill clusters of 3"):
+    with pytest.raises(ValueError, match=r"cannot fill clusters of \[3, 3, 3\]"):
         balanced_assign(torch.zeros(10, 3), 3)
+    with pytest.raises(ValueError, match=r"cannot fill clusters of \[7, 4, -1\]"):
+        balanced_assign(torch.zeros(10, 3), torch.tensor([7, 4, -1]))
     with pytest.raises(ValueError, match="NaN or infinite"):
         balanced_assign(torch.full((6, 2), torch.nan), 3)
 

@@ -109,9 +109,9 @@ def test_damaged_checkpoints(
     [
         (["--set", "quantize.groupsize=64"], 2, ["groupsize", "group_size"]),
         (["--set", "quantize.widths=[2,5]"], 2, ["quantize.widths.1", "2, 3 or 4"]),
-        (["--set", "extract.active_share=0.1"], 2, ["active_share"]),
+        (["--set", "extract.active_share=1.0"], 2, ["active_share"]),
         (["--set", "calibrate.tokens=100"], 2, ["calibration tokens"]),
-        (["--set", "calibrate.tokens=90000000"], 2, ["fill", "windows"]),
+        (["--set", "calibrate.tokens=400000"], 2, ["fill", "windows"]),
         (["--stop-after", "rout"], 2, ["route"]),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -70,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    # OpenMP threads that spin while they wait make a busy machine a hundred times slower; this is
+    # read when torch is first loaded, so it must be said before that.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     try:
         return _dispatch(words)
     except SystemExit as stop:  # --help and --version

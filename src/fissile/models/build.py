@@ -88,15 +88,17 @@ def with_nested(
 
 def empty_layer(config: FissileConfig, layer_idx: int) -> FissileDecoderLayer:
     """A decoder layer on the meta device; fill it with `load_state_dict(..., assign=True)`."""
-    prepare_attention(config)
+    prepare_parts(config)
     with torch.device("meta"):
         return FissileDecoderLayer(config, layer_idx).eval()
 
 
-def prepare_attention(config: FissileConfig) -> None:
-    """Fix the attention implementation of modules that are built without a whole model."""
+def prepare_parts(config: FissileConfig) -> None:
+    """Choose the implementations of attention and experts for modules built without a model."""
     if config._attn_implementation is None:
         config._attn_implementation = "sdpa" if config.backbone["sdpa"] else "eager"
+    if config._experts_implementation is None:
+        config._experts_implementation = "eager"
 
 
 def empty_model(config: FissileConfig) -> FissileForCausalLM:

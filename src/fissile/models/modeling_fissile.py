@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -189,12 +190,21 @@ class FissilePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        # The functions of `init` leave tensors alone that came from the checkpoint.
         if isinstance(module, FissileExperts):
             for weight in (module.gate_up_proj, module.down_proj):
-                weight.normal_(std=self.config.initializer_range)
+                init.normal_(weight, std=self.config.initializer_range)
         elif isinstance(module, PreGateRouter):
-            module.norm_in.fill_(1.0)
-            module.norm_out.fill_(1.0)
+            init.ones_(module.norm_in)
+            init.ones_(module.norm_out)
+        elif hasattr(module, "scalar_embed_scale"):
+            init.constant_(module.embed_scale, module.scalar_embed_scale)
+        elif isinstance(module, stock_class(self.config, "RotaryEmbedding")):
+            # Computed buffers are in no checkpoint and hold nothing after loading on "meta".
+            with torch.device("cpu"):
+                fresh = type(module)(self.config)
+            for name, buffer in fresh.named_buffers():
+                init.copy_(module.get_buffer(name), buffer)
 
 
 class FissileModel(FissilePreTrainedModel):

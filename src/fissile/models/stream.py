@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fissile.models.build import empty_layer, prepare_attention, rotary_of
+from fissile.models.build import empty_layer, prepare_parts, rotary_of
 from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.modeling_fissile import (
     FissileDecoderLayer,
@@ -44,7 +44,7 @@ class StreamedModel:
 
     def __init__(self, source: StateSource) -> None:
         self.source, self.config = source, source.config
-        prepare_attention(self.config)
+        prepare_parts(self.config)
         outer = source.outer_state()
         embedding = outer["model.embed_tokens.weight"]
         self.embedding = build_embedding(self.config)

@@ -152,9 +152,9 @@ def _against_static(metrics: Metrics, name: str, share: float) -> Iterator[Advic
         against = compare(routed, static) if static else None
         if static is None or against is None:
             unpaired = (
-                f" The {LABELS[name]} was measured {LABELS[recovery]} too, the static model was"
-                " not, which says nothing about routing (evaluate.control_recover_steps trains the"
-                " controls)."
+                f" The {LABELS[name]} was measured {LABELS[recovery]}, the static model was not,"
+                " which says nothing about routing (evaluate.control_recover_steps trains the"
+                " controls too)."
             )
             continue
         where = f"At active share {share:g} ({LABELS[recovery]})"
@@ -178,6 +178,8 @@ def _against_static(metrics: Metrics, name: str, share: float) -> Iterator[Advic
                 f" model: it needs no router.{unpaired}",
             )
         return
+    if unpaired:
+        yield Advice("note", "routing", f"At active share {share:g} nothing compares:{unpaired}")
 
 
 def _gap_closed(static: Score, routed: Score, oracle: Score | None) -> str:

@@ -108,10 +108,11 @@ def ppl_ticks(axis: Axes) -> None:
         ratio_ticks(axis.yaxis)
 
 
-def cap(axis: Axes, values: Sequence[float]) -> None:
+def cap(axis: Axes, values: Sequence[float], below: float = 0.93) -> None:
     """End the y axis above the values that matter; lines of far worse models leave the picture."""
-    if values and axis.get_ylim()[1] > 1.6 * max(values):
-        axis.set_ylim(0.93 * min(values), 1.6 * max(values))
+    if values:
+        low, top = axis.get_ylim()
+        axis.set_ylim(max(low, below * min(values)), min(top, 1.6 * max(values)))
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -124,7 +125,7 @@ def _ticks(low: float, high: float) -> list[float]:
     if len(found) >= 3:
         return found
     steps = [m * 10.0**e for e in range(-4, 6) for m in (1, 2, 5)]
-    step = next((s for s in steps if (high - low) / s <= 5), steps[-1])
+    step = next((s for s in steps if (high - low) / s <= 7), steps[-1])
     first = math.ceil(low / step)
     return [round(i * step, 10) for i in range(first, math.floor(high / step) + 1)]
 
@@ -146,7 +147,8 @@ def draw_heat(
     """A heat map with the values written in where there is room."""
     columns = max(map(len, rows))
     values = [[math.nan if v is None else v for v in row] for row in rows]
-    axis.pcolormesh(values, cmap=ramp, vmin=0, vmax=peak, edgecolors=theme.paper, linewidth=1)
+    gap = 1 if columns <= 16 else 0
+    axis.pcolormesh(values, cmap=ramp, vmin=0, vmax=peak, edgecolors=theme.paper, linewidth=gap)
     axis.invert_yaxis()
     axis.grid(visible=False)
     axis.spines[:].set_visible(False)

@@ -120,7 +120,7 @@ def _loading(config: dict[str, Any]) -> Iterator[str]:
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True{bits})\n'
-        'tokenizer = AutoTokenizer.from_pretrained("DIR")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("DIR", trust_remote_code=True)\n'
         "```"
     )
     yield (

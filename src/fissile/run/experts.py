@@ -6,6 +6,7 @@ L layers, H router heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,6 @@ from fissile.refactor.calibrate import Windows, measure_oracle
 from fissile.refactor.compensate import mean_restore
 from fissile.refactor.convert import AnyPartition, routing_of
 from fissile.refactor.domains import domain_masks, membership_partition
-from fissile.refactor.layerwise import ridge_selector
 from fissile.refactor.oracle import RoutingReport, routing_report, top_experts
 from fissile.refactor.partition import Partition, partition_neurons, random_partition
 from fissile.refactor.router import distill_router, oracle_targets, router_logits
@@ -129,9 +129,14 @@ def build_experts(
     if store.has("experts"):
         return _load(store, partitions)
     settings = recipe.route
-    batch = recipe.calibrate.batch_tokens
-    norms, ridges = measure_oracle(
-        dense, windows, partitions, batch_tokens=batch, store=store, progress=progress
+    norms, solved = measure_oracle(
+        dense,
+        windows,
+        partitions,
+        ridge=settings.ridge,
+        batch_tokens=recipe.calibrate.batch_tokens,
+        store=store,
+        progress=progress,
     )
     orders = align_experts(norms)
     if not isinstance(partitions[0], Partition):
@@ -139,10 +144,10 @@ def build_experts(
         orders = [torch.arange(p.num_experts) for p in partitions]
     aligned = [_reorder(p, order) for p, order in zip(partitions, orders, strict=True)]
     norms_LTE = torch.stack([n[:, order] for n, order in zip(norms, orders, strict=True)])
-    selectors = []
-    for ridge, order in zip(ridges, orders, strict=True):
-        solved = ridge_selector(ridge, settings.ridge)
-        selectors.append({name: tensor[order] for name, tensor in solved.items()})
+    selectors = [
+        {name: tensor[order] for name, tensor in selector.items()}
+        for selector, order in zip(solved, orders, strict=True)
+    ]
     router: dict[str, Tensor] = {}
     curve: list[float] = []
     report: dict[str, Any] = {}
@@ -213,7 +218,7 @@ def report_routing(
         "oracle_mass": mass.mean().item(),
         "gap_closed": gap.tolist(),
         "switch_rate": found[0].switch_rate,
-        "entropy": found[0].entropy,
+        "entropy": found[0].entropy / math.log(max(2, norms_LTE.shape[-1])),
     }
 
 

@@ -6,7 +6,7 @@ Every measurement is kept under its own key, so an interrupted evaluation goes o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +22,11 @@ from fissile.models.stream import StateSource
 from fissile.quant.layers import QuantizedLayer, decode
 from fissile.refactor.controls import install_control
 from fissile.refactor.convert import ConvertedSource
-from fissile.refactor.recover import recover
+from fissile.refactor.recover import train_to_teacher
 from fissile.refactor.refit import RefitLayer
 from fissile.run.context import RunContext
-from fissile.run.stages import Stages, baseline_solver
+from fissile.run.nesting import baseline_solver
+from fissile.run.stages import Stages
 
 
 class Measurements:
@@ -116,7 +117,7 @@ class Measurements:
         if recovery == "trained":
             steps = self.recipe.evaluate.control_recover_steps
             settings = self.recipe.recover.model_copy(update={"steps": steps})
-            model, _ = recover(
+            model, _ = train_to_teacher(
                 model,
                 load_source(self.context.source),
                 self.stages.training_windows(),
@@ -137,8 +138,9 @@ class Measurements:
         else:
             unit = f"controls/share_{share:g}"
             experts = self.stages.experts_at(share, f"{unit}/extract", f"{unit}/route")
-        kind = {"pregate": "pregate", "ridge": "layerwise"}.get(name, "layerwise")
-        return self.stages.raw_source(kind, experts)
+        # Random and oracle replace the choice of a layer-wise router.
+        kind: Literal["pregate", "layerwise"] = "pregate" if name == "pregate" else "layerwise"
+        return self.stages.routed_source(kind, experts)
 
     # -- widths ----------------------------------------------------------------------------------
 

@@ -221,7 +221,8 @@ def assemble(context: RunContext, records: Mapping[str, Mapping[str, Any]]) -> d
     kind = recipe.extract.enabled and recipe.route.kind
     routing = dict(route.get("routing") or {})
     if routing:
-        routing |= {"num_experts": recipe.extract.num_experts, "top_k": recipe.extract.top_k}
+        number = records.get("extract", {}).get("num_experts", recipe.extract.num_experts)
+        routing |= {"num_experts": number, "top_k": recipe.extract.top_k}
     data = {
         "name": recipe.name,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

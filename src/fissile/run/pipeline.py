@@ -90,7 +90,7 @@ def run_recipe(
     if stop_after is not None and stop_after not in get_args(Stage):
         raise UsageError(f"stage {stop_after!r} is not one of {', '.join(get_args(Stage))}")
     folder = resolve_source(source, download=download)
-    plan = make_plan(recipe, folder, out)
+    plan = make_plan(recipe, folder, out, stop_after=stop_after)
     plan.check()
     from fissile.models.source import CheckpointSource
 

@@ -190,19 +190,21 @@ def sizes(metrics: Metrics, theme: Theme) -> Figure | None:
                     (-7, -11),
                     "right",
                 )
-    for w in (w for w in rows if w.method == "float"):
-        x = (w.bytes or 0) / 1e6
-        axis.plot(x, w.ppl, "o", color=theme.method["pregate"], markerfacecolor=theme.paper)
-        note(axis, x, w.ppl or 0, "converted, floats", theme, (-8, 8), "right")
-    if metrics.dense_bytes:
-        x = metrics.dense_bytes / 1e6
-        axis.plot(x, dense.ppl, "*", color=theme.ink, markersize=10)
-        note(axis, x, dense.ppl, "dense", theme, (-9, -12), "right")
+    whole = [("converted, floats", w.bytes, w.ppl) for w in rows if w.method == "float"]
+    whole += [("dense", metrics.dense_bytes, dense.ppl)] if metrics.dense_bytes else []
+    for place, (name, size, ppl) in enumerate(sorted(whole, key=lambda point: point[2] or 0)):
+        x, y = (size or 0) / 1e6, ppl or 0
+        color = theme.ink if name == "dense" else theme.method["pregate"]
+        face = theme.ink if name == "dense" else theme.paper
+        marker = "*" if name == "dense" else "o"
+        axis.plot(x, y, marker, color=color, markerfacecolor=face, markersize=8)
+        # The lower point's label goes below, the higher one's above: the two are close.
+        note(axis, x, y, name, theme, (4, -15) if place == 0 else (4, 9), "right")
     axis.set_xlabel("MB read at load")
     axis.set_ylabel("perplexity")
     axis.set_xlim(left=0)
     axis.margins(y=0.15)
-    cap(axis, [dense.ppl, *(w.ppl for w in rows if w.method in (*_OURS, "float") and w.ppl)])
+    cap(axis, [dense.ppl, *(w.ppl for w in rows if w.method in (*_OURS, "float") and w.ppl)], 0.8)
     ppl_ticks(axis)
     draw_legend(figure, [m for m in _METHODS if any(w.method == m for w in rows)], theme)
     return figure
@@ -272,7 +274,7 @@ def experts(metrics: Metrics, theme: Theme) -> Figure | None:
     peak = max([2.0, *(v for m in maps for row in m[2] for v in row if v is not None)])
     for axis, (title, names, rows, label) in zip(axes, maps, strict=True):
         draw_heat(axis, names, rows, ramp, peak, theme)
-        if tallest < 16:  # rows of the same height in both maps
+        if len(names) < 16:  # else the map fills its axes
             axis.set_box_aspect(0.088 * len(names))
             axis.set_anchor("NW")
         axis.set_title(title)

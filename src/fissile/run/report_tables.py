@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fissile.run.advice import LABELS, compare
@@ -146,19 +147,16 @@ def worst_table(metrics: Metrics) -> Html | None:
 
 
 def routing_table(metrics: Metrics) -> Html | None:
-    """Behaviour of the router in five numbers."""
+    """Behaviour of the router in a few numbers."""
     routing = metrics.routing
     if routing is None:
         return None
-    recall = routing.recall_at_k
     rows: list[list[Text]] = [
         ["experts, chosen per token", f"{routing.num_experts or NONE}, {routing.top_k or NONE}"],
-        [
-            "mean recall of the oracle's choices",
-            _share(sum(recall) / len(recall) if recall else None),
-        ],
-        ["output norm captured, of the oracle's", _share(routing.oracle_mass)],
-        ["tokens whose choice differs from the last token's", _share(routing.switch_rate)],
+        ["recall of the oracle's choices, mean over layers", _mean(routing.recall_at_k)],
+        ["output norm of its choices, of the oracle's", _share(routing.oracle_mass)],
+        ["way from a blind choice to the oracle's, in output norm", _mean(routing.gap_closed)],
+        ["tokens whose choice differs from the token before", _share(routing.switch_rate)],
         ["entropy of the load, of an even load's", _share(routing.entropy)],
     ]
     return table("The pre-gating router on calibration text.", [Column("", ""), Column("")], rows)
@@ -197,31 +195,30 @@ def stage_table(metrics: Metrics, plan: dict[str, Any] | None) -> Html | None:
     if not metrics.stages:
         return None
     planned = _planned(plan)
-    rows: list[list[Text]] = [
-        [
-            s.name,
-            f"{s.seconds:.1f}",
-            _megabytes(s.peak_rss_bytes),
-            *([_megabytes(planned.get(s.name))] if planned else []),
-        ]
-        for s in metrics.stages
-    ]
+    rows: list[list[Text]] = []
+    for s in metrics.stages:
+        row: list[Text] = [s.name, f"{s.seconds:.1f}", _megabytes(s.peak_rss_bytes)]
+        rows.append([*row, *planned.get(s.name, (NONE, NONE))] if planned else row)
     total = f"{sum(s.seconds for s in metrics.stages):.1f}"
-    rows.append(["all", total, "", *([""] if planned else [])])
+    rows.append(["all", total, "", *(["", ""] if planned else [])])
     columns = [Column("stage", ""), Column("seconds"), Column("peak memory so far, MB")]
-    columns += [Column("planned peak, MB")] if planned else []
+    columns += [Column("planned seconds"), Column("planned peak, MB")] if planned else []
     caption = "Wall time, and the largest resident set of the process up to the end of each stage."
     return table(caption, columns, rows, key=len(rows) - 1)
 
 
-def _planned(plan: dict[str, Any] | None) -> dict[str, float]:
-    """Predicted peak bytes per stage, as far as plan.json says."""
+def _planned(plan: dict[str, Any] | None) -> dict[str, tuple[str, str]]:
+    """Predicted seconds and peak memory per stage, as far as plan.json says."""
     stages = plan.get("stages") if plan else None
-    rows = stages if isinstance(stages, list) else []
     found = {}
-    for row in rows:
-        if isinstance(row, dict) and isinstance(row.get("peak_bytes"), int | float):
-            found[str(row.get("name"))] = float(row["peak_bytes"])
+    for row in stages if isinstance(stages, list) else []:
+        match row:
+            case {
+                "stage": str(name),
+                "peak_memory_bytes": int() | float() as peak,
+                "seconds": [int() | float() as fast, int() | float() as slow],
+            }:
+                found[name] = (f"{fast:.1f} to {slow:.1f}", _megabytes(peak))
     return found
 
 
@@ -265,6 +262,10 @@ def _against(score: Score, dense: Score | None) -> str:
 
 def _share(value: float | None) -> str:
     return NONE if value is None else f"{100 * value:.1f} %"
+
+
+def _mean(values: Sequence[float]) -> str:
+    return _share(sum(values) / len(values)) if values else NONE
 
 
 def _times(value: float | None, factor: float) -> float | None:

@@ -8,29 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fissile.config import Baseline, Quantize
 from fissile.export.artifact import write_artifact
-from fissile.io.manifest import Origin
-from fissile.io.units import UnitStore
-from fissile.kernels.layout import LAYOUT_VERSION
-from fissile.models.build import with_nested
-from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.source import MemorySource, UnitSource, load_source, save_units
 from fissile.models.stream import StateSource, StreamedModel
-from fissile.quant.baselines import gptq, rtn
-from fissile.quant.decouple import solve
-from fissile.quant.layers import QuantizedLayer, Solver, quantize_model, read_layer
-from fissile.quant.nested import NestedWeight
-from fissile.refactor.calibrate import Windows, calibrate
+from fissile.quant.layers import QuantizedLayer, Solver, quantize_model
+from fissile.refactor.calibrate import Windows, gather_statistics
 from fissile.refactor.convert import AnyPartition, ConvertedSource, routing_of
 from fissile.refactor.domains import MembershipPartition
 from fissile.refactor.partition import Partition
-from fissile.refactor.recover import recover
+from fissile.refactor.recover import train_to_teacher
 from fissile.refactor.refit import RefitLayer, refit_layers
 from fissile.refactor.statistics import NeuronStatistics
 from fissile.run.context import RunContext
@@ -43,6 +34,7 @@ from fissile.run.experts import (
     static_layer,
 )
 from fissile.run.ledger import Event
+from fissile.run.nesting import artifact_tensors_of, nested_solver, origin_of
 
 
 class Stages:
@@ -76,7 +68,7 @@ class Stages:
     def statistics(self) -> list[NeuronStatistics]:
         """Neuron statistics of every layer."""
         settings = self.recipe.calibrate
-        return calibrate(
+        return gather_statistics(
             self.dense,
             self.windows,
             batch_tokens=settings.batch_tokens,
@@ -140,7 +132,11 @@ class Stages:
         settings, curve = self.recipe.recover, []
         events: list[Event] = []
         record: dict[str, Any] = {}
-        if settings.refit:
+        source = self.raw_source()
+        if settings.refit and not source.routing["shared_bias"]:
+            what = "a layer has no shared neurons, so there is nothing to re-fit"
+            events = [Event("refit_skipped", "recover", None, "mlp.shared", what)]
+        elif settings.refit:
             record["refit"] = [[r.error_before, r.error_after, r.kind] for r in self.refits]
             events = [_rejected(i, r) for i, r in enumerate(self.refits) if r.kind == "none"]
         self.context.ledger.replace_stage("recover", events)
@@ -151,15 +147,23 @@ class Stages:
     @cached_property
     def refits(self) -> list[RefitLayer]:
         """Least-squares re-fit of every layer's shared projection."""
-        return self.refit(self.raw_source(self.recipe.route.kind, self.experts), "recover/refit")
+        return self.refit(self.raw_source(), "recover/refit")
 
-    def raw_source(self, kind: str, experts: Experts) -> ConvertedSource:
+    def raw_source(self) -> ConvertedSource:
         """The converted model before any recovery."""
-        routing = routing_of(kind, experts.partitions, self.recipe.extract.top_k, self.recipe.route)  # type: ignore[arg-type]
-        router = experts.router if kind == "pregate" else None
-        selectors = experts.selectors if kind == "layerwise" else None
+        kind = self.recipe.route.kind
         if kind == "static":
             return self.static_source(self.recipe.extract.active_share)
+        return self.routed_source(kind, self.experts)
+
+    def routed_source(
+        self, kind: Literal["pregate", "layerwise"], experts: Experts
+    ) -> ConvertedSource:
+        """A model that routes among `experts`, before any recovery."""
+        top_k = self.recipe.extract.top_k
+        routing = routing_of(kind, experts.partitions, top_k, self.recipe.route)
+        router = experts.router if kind == "pregate" else None
+        selectors = experts.selectors if kind == "layerwise" else None
         return ConvertedSource(
             self.context.source, experts.partitions, routing, router=router, selectors=selectors
         )
@@ -192,7 +196,7 @@ class Stages:
     @property
     def untrained(self) -> ConvertedSource:
         """The converted model after the re-fit, before training."""
-        source = self.raw_source(self.recipe.route.kind, self.experts)
+        source = self.raw_source()
         if self.recipe.recover.refit and source.routing["shared_bias"]:
             source.refits = self.refits
         return source
@@ -202,7 +206,7 @@ class Stages:
         store = self.context.journal.store(f"{unit}/model")
         if store.has("curve"):
             return store.load("curve")[1]["curve"]
-        model, curve = recover(
+        model, curve = train_to_teacher(
             load_source(source),
             load_source(self.context.source),
             self.training_windows(),
@@ -286,7 +290,7 @@ class Stages:
             dtype=settings.dtype,
             max_shard_bytes=settings.max_shard_bytes,
             origin=origin_of(context),
-            card=lambda folder: model_card(folder, context.out),
+            card=lambda folder: model_card(folder, context.out, context.source.folder),
             overwrite=True,
         )
         sizes = [entry["bytes"] for entry in manifest["files"].values()]
@@ -303,88 +307,3 @@ def _rejected(layer: int, result: RefitLayer) -> Event:
         f"no change lowers the held-out error {result.error_before:.3e}",
         result.error_after,
     )
-
-
-def origin_of(context: RunContext) -> Origin:
-    """Where the artifact of a run came from."""
-    from fissile.run.context import source_sha256
-
-    return Origin(
-        source={
-            "name": context.source.folder.name,
-            "sha256": source_sha256(context.source.headers),
-        },
-        seed=context.recipe.seed,
-        recipe_sha256=context.recipe.sha256(),
-    )
-
-
-def nested_solver(settings: Quantize, seed: int) -> Solver:
-    """The recipe's own solver: all widths in one code."""
-
-    def solver(weight: Tensor, hessian: Tensor, group_size: int) -> NestedWeight:
-        return solve(
-            weight,
-            hessian,
-            widths=settings.widths,
-            group_size=group_size,
-            omega=settings.omega,
-            effort=settings.effort,
-            damp=settings.damp,
-            seed=seed,
-        )
-
-    return solver
-
-
-def baseline_solver(kind: Baseline, bits: int, settings: Quantize, seed: int) -> Solver:
-    """A solver for one width alone, to compare the nested code with."""
-    single = settings.model_copy(update={"widths": (bits,)})
-    if kind == "dedicated":
-        return nested_solver(single, seed)
-    if kind == "gptq":
-        return lambda weight, hessian, group: gptq(weight, hessian, bits, group, damp=settings.damp)
-    return lambda weight, _hessian, group: rtn(weight, bits, group)
-
-
-def artifact_tensors_of(
-    source: StateSource, store: UnitStore | None, settings: Quantize
-) -> tuple[FissileConfig, Callable[[str], Tensor]]:
-    """Configuration of the artifact and a provider of its tensors, asked for layer by layer.
-
-    Args:
-        source: the model before quantization.
-        store: units that `quantize_model` left; None for float weights.
-        settings: of the quantization.
-    """
-    config = with_nested(source.config, None, None)
-    if store is not None:
-        groups: dict[str, int] = {}
-        for i in range(config.num_base_layers):
-            own = read_layer(store, i).groups
-            groups |= {f"model.layers.{i}.{name}": group for name, group in own.items()}
-        nested = {
-            "layout": LAYOUT_VERSION,
-            "widths": list(settings.widths),
-            "group_size": settings.group_size,
-            "groups": {n: g for n, g in groups.items() if g != settings.group_size},
-            "modules": list(groups),
-        }
-        config = with_nested(source.config, nested, settings.widths[-1])
-    outer = source.outer_state()
-    cache: dict[int, dict[str, Tensor]] = {}
-
-    def provide(name: str) -> Tensor:
-        if name in outer:
-            return outer[name]
-        index, _, rest = name.removeprefix("model.layers.").partition(".")
-        if int(index) not in cache:
-            cache.clear()
-            if store is None:
-                cache[int(index)] = source.layer_state(int(index))
-            else:
-                layer = read_layer(store, int(index))
-                cache[int(index)] = layer.kept | layer.parts
-        return cache[int(index)][rest]
-
-    return config, provide
