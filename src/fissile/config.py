@@ -87,6 +87,7 @@ class Recover(Strict):
     """What is done about the neurons a token does not compute."""
 
     refit: bool = Field(True, description="least-squares re-fit of the shared down projection")
+    refit_tokens: int = Field(65536, gt=0, description="calibration tokens of the re-fit")
     method: Literal["none", "lora", "full"] = "lora"
     steps: int = Field(200, ge=0)
     batch_tokens: int = Field(4096, gt=0)

@@ -19,13 +19,13 @@ from fissile.families.artifact import float_shapes
 from fissile.kernels.layout import loaded_bytes
 from fissile.models.source import MemorySource, load_source
 from fissile.models.stream import StateSource
-from fissile.quant.layers import QuantizedLayer, decode
+from fissile.quant.layers import QuantizedLayer, decode, read_layer
 from fissile.refactor.controls import install_control
 from fissile.refactor.convert import ConvertedSource
 from fissile.refactor.recover import train_to_teacher
 from fissile.refactor.refit import RefitLayer
 from fissile.run.context import RunContext
-from fissile.run.nesting import baseline_solver
+from fissile.run.nesting import baseline_solver, nested_solver
 from fissile.run.stages import Stages
 
 
@@ -62,6 +62,8 @@ class Measurements:
                 yield f"nested.{bits}", self._bind(self._artifact, bits)
                 for kind in self.recipe.evaluate.baselines:
                     yield f"{kind}.{bits}", self._bind(self._baseline, kind, bits)
+                if self.recipe.extract.enabled:
+                    yield f"quantized_dense.{bits}", self._bind(self._quantized_dense, bits)
 
     @staticmethod
     def _bind(work: Callable[..., dict[str, Any]], *args: Any) -> Callable[[], dict[str, Any]]:
@@ -153,6 +155,13 @@ class Measurements:
         layers = self.stages.run_solver(source, solver, f"controls/{kind}.{bits}")
         return self._score(load_source(decoded(source, layers)))
 
+    def _quantized_dense(self, bits: int) -> dict[str, Any]:
+        """The control of the whole idea: the dense model, merely quantized."""
+        source = self.context.source
+        solver = nested_solver(self.recipe.quantize, self.recipe.seed)
+        layers = self.stages.run_solver(source, solver, "controls/quantized_dense")
+        return self._score(load_source(decoded(source, layers, bits)))
+
     # -- assembling ------------------------------------------------------------------------------
 
     def _assemble(self, scores: dict[str, Any]) -> dict[str, Any]:
@@ -178,13 +187,28 @@ class Measurements:
                     variants.append(row | score)
                 widths.append({"method": "float", "bits": None, **self._size(None)} | score)
             else:
-                widths.append({"method": name, "bits": int(rest), **self._size(int(rest))} | score)
+                of = "dense" if name == "quantized_dense" else "converted"
+                method = "nested" if of == "dense" else name
+                size = self._size(int(rest), of)
+                widths.append({"method": method, "bits": int(rest), "of": of, **size} | score)
         return {"dense": scores["dense"], "variants": variants, "widths": widths}
 
-    def _size(self, bits: int | None) -> dict[str, Any]:
+    def _dense_fields(self, group_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Configuration and nested entry that `quantized_dense` would be stored with."""
+        store = self.context.journal.store("controls/quantized_dense")
+        groups: dict[str, int] = {}
+        for i in range(self.context.source.config.num_base_layers):
+            own = read_layer(store, i).groups
+            groups |= {f"model.layers.{i}.{name}": group for name, group in own.items()}
+        nested = {"modules": list(groups), "group_size": group_size, "groups": groups}
+        return self.context.source.config.to_dict(), nested
+
+    def _size(self, bits: int | None, of: str = "converted") -> dict[str, Any]:
         """Bytes that a load holds, and bits per weight of what was quantized, floats included."""
         fields = models.load_config(self.context.out / "model").to_dict()
         nested = fields["nested"] or {"modules": [], "group_size": 1, "groups": {}}
+        if of == "dense":
+            fields, nested = self._dense_fields(nested["group_size"])
         modules, total, packed, weights = set(nested["modules"]), 0, 0, 0
         for name, shape in float_shapes(self.context.source.family, fields):
             count = int(torch.tensor(shape).prod())
@@ -198,10 +222,12 @@ class Measurements:
         return {"bytes": total + packed, "bits_per_weight": per_weight}
 
 
-def decoded(source: StateSource, layers: Iterator[QuantizedLayer]) -> MemorySource:
-    """A quantized model as float weights, at the widest width that was solved."""
+def decoded(
+    source: StateSource, layers: Iterator[QuantizedLayer], bits: int | None = None
+) -> MemorySource:
+    """A quantized model as float weights, at `bits` or the widest width that was solved."""
     state: dict[str, Tensor] = dict(source.outer_state())
     for i, layer in enumerate(layers):
-        own = layer.kept | {name: decode(layer.parts, name) for name in layer.groups}
+        own = layer.kept | {name: decode(layer.parts, name, bits) for name in layer.groups}
         state |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
     return MemorySource(source.config, state)

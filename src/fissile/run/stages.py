@@ -186,7 +186,7 @@ class Stages:
         return refit_layers(
             StreamedModel(source),
             self.dense,
-            self.windows.ids_NS,
+            self.some_windows(self.recipe.recover.refit_tokens),
             batch_tokens=self.recipe.calibrate.batch_tokens,
             prepare=prepare,
             store=self.context.journal.store(unit),
@@ -222,6 +222,12 @@ class Stages:
         store.save("curve", {"curve": torch.tensor(curve)}, {"curve": curve})
         return curve
 
+    def some_windows(self, tokens: int) -> Tensor:
+        """About so many tokens of the calibration windows, evenly spaced to keep the domains."""
+        ids = self.windows.ids_NS
+        count = min(len(ids), max(1, tokens // ids.shape[1]))
+        return ids[torch.linspace(0, len(ids) - 1, count).round().long()]
+
     def training_windows(self) -> Tensor:
         """Calibration windows cut to the training context, int64."""
         ids = self.windows.ids_NS
@@ -256,13 +262,10 @@ class Stages:
         self, source: StateSource, solver: Solver, unit: str
     ) -> Iterator[QuantizedLayer]:
         """Quantize a model with any solver, one layer in memory at a time."""
-        settings, ids = self.recipe.quantize, self.windows.ids_NS
-        count = max(1, settings.tokens // ids.shape[1])
-        # Evenly spaced windows keep the mixture of domains.
-        picked = ids[torch.linspace(0, len(ids) - 1, min(count, len(ids))).round().long()]
+        settings = self.recipe.quantize
         return quantize_model(
             StreamedModel(source),
-            picked,
+            self.some_windows(settings.tokens),
             solver,
             group_size=settings.group_size,
             attention=settings.attention,

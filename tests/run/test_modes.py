@@ -1,0 +1,141 @@
+"""Stages switched off or replaced are first-class uses: each such run ends in a good artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fissile import models
+from fissile.eval.tokens import load_tokenizer
+from fissile.models.source import CheckpointSource, load_source
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+def sets(**values: Any) -> list[str]:
+    return [part for k, v in values.items() for part in ("--set", f"{k.replace('__', '.')}={v}")]
+
+
+@pytest.fixture
+def convert(
+    tiny_model: Path, tmp_path: Path, small_recipe: list[str], run_cli: Cli
+) -> Callable[..., Path]:
+    def call(*flags: str) -> Path:
+        base = ["demo/moe-nested", "-q", "--model", tiny_model, "--out", tmp_path / "out"]
+        code, _, err = run_cli("run", *base, *small_recipe, *flags, "--stop-after", "export")
+        assert code == 0, err
+        return tmp_path / "out"
+
+    return call
+
+
+def routing_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "model" / "config.json").read_text())["routing"]
+
+
+def ids_of(folder: Path) -> torch.Tensor:
+    ids = load_tokenizer(folder)("def area(width, height):\n    return width")["input_ids"]
+    return torch.tensor([ids])
+
+
+def test_layerwise_routers(convert: Callable[..., Path]) -> None:
+    out = convert(*sets(route__kind="layerwise"))
+    assert routing_of(out)["kind"] == "layerwise"
+    model = models.load(out)
+    assert model.model.router is None
+    assert all(layer.mlp.selector is not None for layer in model.model.layers)
+
+
+def test_static_pruning(convert: Callable[..., Path]) -> None:
+    out = convert(*sets(route__kind="static"))
+    assert routing_of(out)["shared_sizes"] == [128, 128]
+    model = models.load(out)
+    assert all(layer.mlp.experts is None for layer in model.model.layers)
+
+
+def test_per_layer_heads(convert: Callable[..., Path]) -> None:
+    out = convert(*sets(route__per_layer="true"))
+    router = models.load(out).model.router
+    assert router is not None
+    assert router.heads == 2
+
+
+def test_readme_domain_masks(convert: Callable[..., Path]) -> None:
+    """Overlapping experts, one per domain: the pool computes what masking the dense FFN would."""
+    out = convert(
+        *sets(extract__method="readme", quantize__enabled="false", recover__refit="false")
+    )
+    routing = routing_of(out)
+    assert routing["layout"] == "membership"
+    assert routing["num_experts"] == 2
+    mlp = models.load(out).model.layers[1].mlp
+    assert mlp.pool is not None
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    choice = torch.arange(40)[:, None] % 2
+    with torch.no_grad():
+        got = mlp(x, (choice, torch.ones(40, 1)))
+        want = mlp.shared(x) if mlp.shared is not None else torch.zeros_like(x)
+        h = mlp.pool.neurons(x)
+        for expert in (0, 1):
+            mask = torch.zeros(h.shape[1])
+            mask[mlp.pool.rows(expert)] = 1
+            rows = choice[:, 0] == expert
+            want[rows] += torch.nn.functional.linear(h * mask, mlp.pool.down_proj.weight)[rows]
+    assert (got - want).abs().max() < 1e-6
+    sizes = {len(mlp.pool.rows(e)) + routing["shared_sizes"][1] for e in (0, 1)}
+    assert sizes == {128}
+
+
+def test_readme_masks_can_be_nested(convert: Callable[..., Path]) -> None:
+    out = convert(*sets(extract__method="readme", recover__method="none"))
+    modules = json.loads((out / "model" / "config.json").read_text())["nested"]["modules"]
+    assert "model.layers.0.mlp.pool.gate_proj.weight" in modules
+
+
+def test_full_training_changes_what_it_should(
+    convert: Callable[..., Path], tiny_model: Path
+) -> None:
+    out = convert(*sets(recover__method="full", quantize__enabled="false", export__dtype="float32"))
+    dense = load_source(CheckpointSource(tiny_model)).state_dict()
+    name = "model.embed_tokens.weight"
+    got = models.load(out).state_dict()[name]
+    assert 0 < (got - dense[name]).abs().max() < 0.1
+
+
+def test_quantize_alone_equals_the_dense_model_closely(
+    tiny_model: Path, text_file: Path, tmp_path: Path, run_cli: Cli
+) -> None:
+    out = tmp_path / "nested"
+    flags = ["--tokens", "1024", "--group-size", "32", "--effort", "fast", "--data", text_file]
+    code, text, err = run_cli("quantize", tiny_model, "--out", out, *flags, "--json")
+    assert code == 0, err
+    losses = json.loads(text)["relative_loss"]
+    assert losses["4"] < losses["3"] < losses["2"] < 0.2
+    ids = ids_of(tiny_model)
+    with torch.no_grad():
+        dense = load_source(CheckpointSource(tiny_model))(ids).logits.log_softmax(-1)
+        gaps = []
+        for bits in (2, 3, 4):
+            got = models.load(out, bits=bits)(ids).logits.log_softmax(-1)
+            gaps.append(float((dense.exp() * (dense - got)).sum(-1).mean()))
+    assert gaps[2] < gaps[1] < gaps[0]
+    assert not list(tmp_path.glob(".nested*"))
+    assert run_cli("quantize", tiny_model, "--out", out, *flags)[0] == 2
+
+
+def test_quantize_takes_a_routed_float_artifact(
+    convert: Callable[..., Path], text_file: Path, tmp_path: Path, run_cli: Cli
+) -> None:
+    routed = convert(*sets(quantize__enabled="false", recover__method="none"))
+    out = tmp_path / "nested"
+    flags = ["--tokens", "512", "--group-size", "32", "--effort", "fast", "--data", text_file]
+    code, _, err = run_cli("quantize", routed / "model", "--out", out, *flags)
+    assert code == 0, err
+    config = models.load_config(out)
+    assert config.routing == models.load_config(routed).routing
+    assert "model.layers.0.mlp.experts.down_proj" in config.nested["modules"]
