@@ -1,13 +1,13 @@
 """Moving neurons to the experts that a router will actually choose when they matter.
 
-Clustering by likeness does not know the router. Here choices and experts take turns, as in k-means:
-given the experts, a router that can be had (predicted from inputs, not the oracle) chooses for every
-token of a sample; given the choices, a transportation problem moves each neuron to where most of its
-output energy is computed. Shared neurons are a cluster that every token chooses, so their selection
-is part of the same problem. Choices that all layers have in common give experts that one decision can
-serve, numbered alike.
-Shapes: T sampled tokens, D model width, F FFN width, S shared neurons, E routed experts, M neurons per
-expert, K experts chosen per token, L layers.
+Clustering by likeness does not know the router. Here choices and experts take turns, as in k-means.
+Given the experts, a router that can be had (predicted from inputs, not the oracle) chooses for
+every token of a sample. Given the choices, a transportation problem moves each neuron to where most
+of its output energy is computed; shared neurons are a cluster that every token chooses, so that
+their selection is part of the same problem. Choices that all layers have in common give experts
+that one decision can serve, numbered alike.
+Shapes: T sampled tokens, D model width, F FFN width, S shared neurons, E routed experts, M neurons
+per expert, K experts chosen per token, L layers.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from fissile.refactor.partition import Partition, balanced_assign, build_partiti
 from fissile.refactor.statistics import column_norms, token_signs
 
 _ROWS = 2048
+"""Tokens per float64 copy of the activations."""
 
 
 class ChoiceEnergy:

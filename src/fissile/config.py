@@ -43,7 +43,7 @@ class Calibrate(Strict):
     tokens: int = Field(131072, gt=0, description="tokens over all domains, divided evenly")
     context: int = Field(2048, ge=8, description="tokens per window, cut to the model's maximum")
     batch_tokens: int = Field(8192, gt=0, description="tokens per forward pass")
-    sketch_dim: int = Field(64, ge=8, le=512, description="width of the activation sketch")
+    sketch_dim: int = Field(256, ge=8, le=1024, description="width of the activation sketch")
 
 
 class Extract(Strict):

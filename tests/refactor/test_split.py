@@ -55,12 +55,11 @@ def test_sum_of_all_experts_is_the_dense_ffn(
     assert tensors["experts.down_proj"].shape == (experts, D, size)
     total = ffn(x_TD, *named(tensors, "shared")) if shared else torch.zeros_like(x_TD)
     parts = zip(tensors["experts.gate_up_proj"], tensors["experts.down_proj"], strict=True)
-    for e, (gate_up, down) in enumerate(parts):
-        part = ffn(x_TD, *gate_up.chunk(2), down)
-        index = partition.experts_EM[e]
-        torch.testing.assert_close(
-            part, ffn(x_TD, *(w[index] for w in weights[:2]), weights[2][:, index])
-        )
+    for index, (gate_up, down) in zip(partition.experts_EM, parts, strict=True):
+        gate, up = gate_up.chunk(2)
+        part = ffn(x_TD, gate, up, down)
+        expected = ffn(x_TD, weights[0][index], weights[1][index], weights[2][:, index])
+        torch.testing.assert_close(part, expected)
         total = total + part
     dense = ffn(x_TD, *weights)
     assert ((total - dense).norm() / dense.norm()).item() < 1e-12

@@ -33,6 +33,14 @@ COMMANDS = Registry(
         "doctor": "fissile.cli.doctor:add_parser",
     },
 )
+ENVIRONMENT = {
+    # OpenMP threads that spin while they wait make a busy machine a hundred times slower.
+    "GOMP_SPINCOUNT": "0",
+    # Other libraries' bars and advice would tear this command's own progress display.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""Read by torch and transformers when they are first loaded; what is set already stays."""
 DESCRIPTION = (
     "Turn a dense language model into a router-decoupled mixture of experts "
     "with bit-nested weights."
@@ -71,9 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
-    # OpenMP threads that spin while they wait make a busy machine a hundred times slower; this is
-    # read when torch is first loaded, so it must be said before that.
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         return _dispatch(words)
     except SystemExit as stop:  # --help and --version
