@@ -38,6 +38,10 @@ def routing_of(out: Path) -> dict[str, Any]:
     return json.loads((out / "model" / "config.json").read_text())["routing"]
 
 
+def mlp_of(model: Any, layer: int) -> Any:
+    return model.model.layers[layer].mlp
+
+
 def ids_of(folder: Path) -> torch.Tensor:
     ids = load_tokenizer(folder)("def area(width, height):\n    return width")["input_ids"]
     return torch.tensor([ids])
@@ -48,14 +52,14 @@ def test_layerwise_routers(convert: Callable[..., Path]) -> None:
     assert routing_of(out)["kind"] == "layerwise"
     model = models.load(out)
     assert model.model.router is None
-    assert all(layer.mlp.selector is not None for layer in model.model.layers)
+    assert all(mlp_of(model, i).selector is not None for i in (0, 1))
 
 
 def test_static_pruning(convert: Callable[..., Path]) -> None:
     out = convert(*sets(route__kind="static"))
     assert routing_of(out)["shared_sizes"] == [128, 128]
     model = models.load(out)
-    assert all(layer.mlp.experts is None for layer in model.model.layers)
+    assert all(mlp_of(model, i).experts is None for i in (0, 1))
 
 
 def test_per_layer_heads(convert: Callable[..., Path]) -> None:
@@ -73,7 +77,7 @@ def test_readme_domain_masks(convert: Callable[..., Path]) -> None:
     routing = routing_of(out)
     assert routing["layout"] == "membership"
     assert routing["num_experts"] == 2
-    mlp = models.load(out).model.layers[1].mlp
+    mlp = mlp_of(models.load(out), 1)
     assert mlp.pool is not None
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
     choice = torch.arange(40)[:, None] % 2
@@ -138,4 +142,5 @@ def test_quantize_takes_a_routed_float_artifact(
     assert code == 0, err
     config = models.load_config(out)
     assert config.routing == models.load_config(routed).routing
+    assert config.nested is not None
     assert "model.layers.0.mlp.experts.down_proj" in config.nested["modules"]

@@ -81,8 +81,8 @@ def extract_layer(
     shared, experts = sizes.shared, sizes.num_experts
     if settings.method == "random":
         return random_partition(scores, shared_size=shared, num_experts=experts, seed=seed)
-    # Measured on the demo model: profiles of magnitude, mean included, halve the error of the oracle
-    # compared with signed or centred ones. Experts should be active on the same tokens.
+    # Neurons of an expert should be active on the same tokens. Measured on the demo model: profiles
+    # of magnitude, mean included, halve the oracle's error compared with signed or centred ones.
     features = stats.features(of="magnitude", centred=False)
     return partition_neurons(scores, features, shared_size=shared, num_experts=experts, seed=seed)
 
