@@ -7,7 +7,7 @@ Shapes: N windows, S tokens per window, T = N*S tokens, D model width, F FFN wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,8 +90,8 @@ def gather_statistics(
     seed: int,
     store: UnitStore | None = None,
     progress: Progress | None = None,
-) -> list[NeuronStatistics]:
-    """First pass: statistics of every neuron of every layer.
+) -> Iterator[NeuronStatistics]:
+    """First pass: yield the neuron statistics of every layer, in order.
 
     Args:
         model: a dense model.
@@ -104,12 +104,11 @@ def gather_statistics(
     """
     store = store or UnitStore()
     hidden_NSD = model.embed(windows.ids_NS)
-    result = []
     for i in range(model.num_layers):
         layer = model.layer(i)
         if store.has(unit := f"layer_{i:03d}"):
             run_layer(model, layer, hidden_NSD, batch_tokens, _dense)
-            result.append(NeuronStatistics.from_state(store.load(unit)[0]))
+            stats = NeuronStatistics.from_state(store.load(unit)[0])
         else:
             norms_F, domains = column_norms(down_weight(layer)), len(windows.domains)
             stats = NeuronStatistics(norms_F, domains=domains, sketch_dim=sketch_dim, seed=seed)
@@ -126,10 +125,9 @@ def gather_statistics(
 
             run_layer(model, layer, hidden_NSD, batch_tokens, visit)
             store.save(unit, stats.state())
-            result.append(stats)
         if progress is not None:
             progress("calibrate", i + 1, model.num_layers, f"{windows.ids_NS.numel()} tokens")
-    return result
+        yield stats
 
 
 def _dense(layer: FissileDecoderLayer, x_TD: Tensor, _part: slice) -> Tensor:

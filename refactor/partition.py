@@ -159,14 +159,14 @@ def cluster(
     centre_EQ = _spread_seeds(x_NQ, num_experts, seed)
     labels, prices, sizes = None, None, np.full(num_experts, size)
     for _ in range(max(1, iterations)):
-        # ||x||^2 is the same for every cluster and does not change the assignment.
-        cost_NE = centre_EQ.square().sum(1) - 2 * x_NQ @ centre_EQ.T
+        # Of ||x - c||^2, what depends on x or c alone adds the same to every balanced assignment.
+        cost_NE = -2 * x_NQ @ centre_EQ.T
         found, prices = transport(cost_NE.numpy(), sizes, prices)
         new = torch.from_numpy(found)
         if labels is not None and torch.equal(new, labels):
             break
         labels = new
-        centre_EQ = torch.zeros_like(centre_EQ).index_add_(0, labels, x_NQ) / size
+        centre_EQ = x_NQ[labels.argsort(stable=True)].view(num_experts, size, -1).mean(1)
     assert labels is not None
     return labels.to(features_NQ.device)
 

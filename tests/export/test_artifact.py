@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,54 @@ def test_two_bits_read_only_their_part_of_the_file(finished_run: Path) -> None:
     load_source(source)
     assert source.bytes_read == wanted
     assert wanted < sum(info.nbytes for _, info in headers.tensors.values())
+
+
+def test_transformers_materialises_only_the_width_it_serves(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Count what from_pretrained takes out of the mapped file: headers aside, bytes it copies."""
+    from transformers import AutoModelForCausalLM, modeling_utils
+
+    taken: dict[str, int] = {}
+    real = modeling_utils.safe_open
+
+    class Slice:
+        def __init__(self, name: str, inner: Any) -> None:
+            self._name, self._inner = name, inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        def __getitem__(self, index: Any) -> Tensor:
+            tensor = self._inner[index]
+            taken[self._name] = tensor.numel() * tensor.element_size()
+            return tensor
+
+    class Counting:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._file = real(*args, **kwargs)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def __enter__(self) -> Any:
+            self._file.__enter__()
+            return self
+
+        def __exit__(self, *args: Any) -> None:
+            self._file.__exit__(*args)
+
+        def get_slice(self, name: str) -> Slice:
+            return Slice(name, self._file.get_slice(name))
+
+    monkeypatch.setattr(modeling_utils, "safe_open", Counting)
+    folder = finished_run / "model"
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, bits=2)
+    headers = open_checkpoint_headers(folder)
+    beyond = re.compile(r"\.(plane|theta)_[34]$")
+    assert not [name for name in taken if beyond.search(name)]
+    wanted = {n: i.nbytes for n, (_, i) in headers.tensors.items() if not beyond.search(n)}
+    assert taken == wanted
 
 
 def test_planes_of_other_widths_do_not_matter_to_transformers(

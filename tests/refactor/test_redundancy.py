@@ -35,6 +35,7 @@ def test_a_function_of_the_other_layer_is_fully_known() -> None:
     assert found.information == pytest.approx(found.entropy_b, abs=1e-9)
     assert found.normalised == pytest.approx(1.0, abs=1e-3)
     assert found.predictable == 1.0
+    assert 0 < found.shuffled < 0.02  # 729 / (2 T ln 2) = 0.009
     assert found.conditional == pytest.approx(0.0, abs=1e-9)
 
 

@@ -76,6 +76,26 @@ def test_planted_experts_are_found(topic_T: Tensor, common: bool, predicted: boo
         assert meanings[0] == meanings[1] == meanings[2]
 
 
+def test_layers_are_aligned_before_they_choose_together(topic_T: Tensor) -> None:
+    samples, topics = zip(*(planted_layer(seed, topic_T) for seed in range(3)), strict=True)
+    starts = []
+    for seed, topic_F in enumerate(topics):
+        numbers = torch.randperm(E, generator=torch.Generator().manual_seed(seed))
+        labels = torch.cat([numbers, torch.tensor([-1])])[topic_F]
+        starts.append(build_partition(torch.nonzero(labels < 0).flatten(), labels, E))
+    refined = refine_partitions(
+        starts,
+        lambda i: samples[i],
+        torch.arange(T),
+        top_k=K,
+        common=True,
+        predict_from=None,
+        rounds=0,
+        ridge=1e-2,
+    )
+    assert refined.captured == pytest.approx([1.0], abs=0.01)
+
+
 def test_energy_against_a_plain_loop(topic_T: Tensor) -> None:
     layer, _ = planted_layer(0, topic_T)
     mean_F = layer.h_TF.mean(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from fissile.models.source import CheckpointSource
 from fissile.models.stream import StreamedModel
+from fissile.refactor import sample
 from fissile.refactor.calibrate import Windows
 from fissile.refactor.partition import random_partition
 from fissile.refactor.sample import RouterSees, ffn_inputs, pick_windows, refine_experts
@@ -69,3 +71,40 @@ def test_refined_experts(model: StreamedModel, windows: Windows, router: RouterS
     for partition in refined.partitions:
         assert (partition.shared_size, partition.expert_size) == (64, 32)
     assert all(done < total for done, total in ticks)
+
+
+def test_what_each_router_sees(
+    model: StreamedModel, windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, tuple[bool, list[torch.Tensor] | None]] = {}
+    for router in ("pregate", "pregate_per_layer", "layerwise", "oracle"):
+
+        def spy(*args: Any, name: str = router, **settings: Any) -> None:
+            see = settings["predict_from"]
+            found[name] = settings["common"], None if see is None else [see(0), see(1)]
+
+        monkeypatch.setattr(sample, "refine_partitions", spy)
+        refine_experts(
+            model,
+            windows,
+            [],
+            top_k=1,
+            router=router,
+            tokens=144,
+            rounds=1,
+            ridge=1.0,
+            batch_tokens=64,
+        )
+    inputs = ffn_inputs(model, windows, batch_tokens=64)
+    expected = {
+        "pregate": (True, (0, 0)),
+        "pregate_per_layer": (False, (0, 0)),
+        "layerwise": (False, (0, 1)),
+        "oracle": (False, None),
+    }
+    for name, (common, layers) in expected.items():
+        assert found[name][0] == common
+        seen = found[name][1]
+        assert (seen is None) == (layers is None)
+        for x_TD, i in zip(seen or (), layers or (), strict=True):
+            assert torch.equal(x_TD, inputs[i])

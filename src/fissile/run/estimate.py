@@ -94,16 +94,16 @@ class Estimator:
         )
 
     def _statistics(self) -> float:
-        """Sums per neuron and domain, and sketches, of all layers, in float64."""
+        """Sums per neuron and domain, and sketches, of one layer, in float64."""
         dims, sketch = self.shape.dims, self.recipe.calibrate.sketch_dim
-        return 8.0 * dims.layers * dims.ffn * (3 * self.shape.domains + 2 * sketch + 2)
+        return 8.0 * dims.ffn * (3 * self.shape.domains + 2 * sketch + 2)
 
     def _dense_held(self) -> dict[str, float]:
         """What the refactoring stages leave in memory for the ones after them."""
         if not self.recipe.extract.enabled:
             return {}
         outer = self.costs.float_bytes * self.shape.outer_weights
-        return {"dense embeddings": float(outer), "statistics": self._statistics()}
+        return {"dense embeddings": float(outer)}
 
     # -- stages ----------------------------------------------------------------------------------
 
@@ -116,7 +116,8 @@ class Estimator:
         }
         sketches = 4.0 * wanted.tokens * dims.layers * dims.ffn * wanted.sketch_dim
         work = self._pass(wanted.tokens, wanted.context) + sketches
-        return self._cost("calibrate", memory, self._statistics(), work)
+        stored = dims.layers * self._statistics()
+        return self._cost("calibrate", memory, stored, work)
 
     def _extract(self) -> StageCost:
         dims, experts = self.shape.dims, max(self.shape.num_experts, 1)
@@ -126,13 +127,12 @@ class Estimator:
         return self._cost("extract", memory, 8 * dims.layers * dims.ffn, work)
 
     def _route(self) -> StageCost:
-        """The oracle's norms (T, E) and the ridge router's moments (D, D) of all layers."""
+        """The oracle's norms (T, E) of all layers and the ridge router's moments (D, D) of one."""
         wanted, dims = self.recipe.calibrate, self.shape.dims
         norms = 4.0 * dims.layers * wanted.tokens * self.shape.num_experts
-        moments = 8.0 * dims.layers * dims.hidden**2
+        moments = 3 * 8.0 * dims.hidden**2
         memory = self._streamed(wanted.tokens) | {
             "activations": self._forward(wanted.batch_tokens, wanted.context),
-            "statistics": self._statistics(),
             "oracle": norms,
             "ridge": moments,
         }
@@ -140,7 +140,7 @@ class Estimator:
         router = dims.hidden * (2 * dims.q_width + 2 * self.recipe.route.attention_dim)
         training = 6.0 * self.recipe.route.steps * self.recipe.route.batch_tokens * router
         work = self._pass(wanted.tokens, wanted.context) + oracle + training
-        return self._cost("route", memory, norms + moments, work)
+        return self._cost("route", memory, norms, work)
 
     def _recover(self) -> StageCost:
         """Re-fit, layer by layer, then training, with student and teacher whole in memory."""
@@ -156,14 +156,14 @@ class Estimator:
             return self._cost("refit", {})
         # Moments of fitted and held-out tokens and a solve, all in float64.
         moments = 8.0 * (3 * shape.shared**2 + 4 * shape.shared * shape.dims.hidden)
-        memory = self._streamed(wanted.tokens, models=2) | {
+        tokens = min(wanted.tokens, self.recipe.recover.refit_tokens)
+        memory = self._streamed(tokens, models=2) | {
             "activations": 2 * self._forward(wanted.batch_tokens, wanted.context),
-            "statistics": self._statistics(),
             "moments": moments,
         }
         disk = 4.0 * shape.dims.layers * shape.shared * shape.dims.hidden
-        products = 2.0 * wanted.tokens * shape.dims.layers * shape.shared**2
-        work = 3 * self._pass(wanted.tokens, wanted.context) + products
+        products = 2.0 * tokens * shape.dims.layers * shape.shared**2
+        work = 3 * self._pass(tokens, wanted.context) + products
         return self._cost("refit", memory, disk, work)
 
     def _train(self) -> StageCost:

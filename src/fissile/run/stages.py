@@ -56,19 +56,9 @@ class Stages:
     # -- calibrate, extract ----------------------------------------------------------------------
 
     def calibrate(self) -> dict[str, Any]:
-        """Gather neuron statistics."""
-        stats = self.statistics
-        return {
-            "tokens": int(self.windows.ids_NS.numel()),
-            "domains": list(self.windows.domains),
-            "layers": len(stats),
-        }
-
-    @cached_property
-    def statistics(self) -> list[NeuronStatistics]:
-        """Neuron statistics of every layer."""
+        """Gather neuron statistics; they stay on disk, one unit a layer."""
         settings = self.recipe.calibrate
-        return gather_statistics(
+        layers = gather_statistics(
             self.dense,
             self.windows,
             batch_tokens=settings.batch_tokens,
@@ -77,6 +67,17 @@ class Stages:
             store=self.context.journal.store("calibrate"),
             progress=self.context.tick,
         )
+        return {
+            "layers": sum(1 for _ in layers),
+            "tokens": int(self.windows.ids_NS.numel()),
+            "domains": list(self.windows.domains),
+        }
+
+    def statistics(self) -> Iterator[NeuronStatistics]:
+        """Neuron statistics of every layer, one in memory at a time."""
+        store = self.context.journal.store("calibrate")
+        for i in range(self.dense.num_layers):
+            yield NeuronStatistics.from_state(store.load(f"layer_{i:03d}")[0])
 
     def extract(self) -> dict[str, Any]:
         """Partition the neurons of every layer."""
@@ -92,13 +93,13 @@ class Stages:
         settings, store = self.recipe.extract, self.context.journal.store(unit)
         kind = MembershipPartition if settings.method == "readme" else Partition
         result: list[AnyPartition] = []
-        for i, stats in enumerate(self.statistics):
+        for i, stats in enumerate(self.statistics()):
             if not store.has(name := f"layer_{i:03d}"):
                 seed = self.recipe.seed * 1000 + i
                 made = extract_layer(stats, settings, share, seed, compensated(self.recipe))
                 store.save(name, made.state())
             result.append(kind.from_state(store.load(name)[0]))
-            self.context.tick("extract", i + 1, len(self.statistics), f"share {share:g}")
+            self.context.tick("extract", i + 1, self.dense.num_layers, f"share {share:g}")
         return result
 
     # -- route -----------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ class Stages:
     def static_source(self, share: float) -> ConvertedSource:
         """Static pruning at an active share, with the bias that restores the mean."""
         partitions, biases = [], []
-        for i, stats in enumerate(self.statistics):
+        for i, stats in enumerate(self.statistics()):
             partition, mean_F = static_layer(stats, share, self.recipe.extract.multiple)
             down = self.context.source.layer_state(i)["mlp.shared.down_proj.weight"]
             partitions.append(partition)
