@@ -5,6 +5,7 @@ Shapes: N windows, S tokens per window, B windows of one step, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,28 @@ from torch import Tensor, nn
 
 from fissile.config import Recover
 from fissile.models.modeling_fissile import FissileForCausalLM
+from fissile.models.stream import batches
+from fissile.refactor.compensate import is_held_out
 from fissile.refactor.training import Progress, TrainSettings, step_generator, train
 
 ROUTER_PARTS = (".router.", ".selector.")
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A trained model and what it achieved.
+
+    Attributes:
+        model: adapters merged, evaluation mode.
+        curve: loss of every step.
+        before: loss on the held-out windows without the training.
+        after: the same with it.
+    """
+
+    model: FissileForCausalLM
+    curve: list[float]
+    before: float
+    after: float
 
 
 def distill_loss(student_BSV: Tensor, teacher_BSV: Tensor, temperature: float) -> Tensor:
@@ -36,8 +56,10 @@ def train_to_teacher(
     seed: int,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
-) -> tuple[FissileForCausalLM, list[float]]:
+) -> Recovered:
     """Train the converted model to predict what the dense one does.
+
+    Every eighth window only judges: the caller keeps the result if the loss on those has fallen.
 
     Args:
         student: converted model with float weights; changed in place.
@@ -48,9 +70,10 @@ def train_to_teacher(
         checkpoint: resumable state, see `training.train`.
         progress: called as (stage, done, total, detail).
 
-    Returns:
-        The trained model, adapters merged, in evaluation mode; and the loss of every step.
     """
+    held = torch.tensor([is_held_out(window) for window in range(len(ids_NS))])
+    judge_NS, ids_NS = (ids_NS[held], ids_NS[~held]) if held.any() else (ids_NS, ids_NS)
+    before = _divergence(student, teacher, judge_NS, settings)
     student.requires_grad_(False)
     model: Any = student
     if settings.method == "lora":
@@ -82,7 +105,20 @@ def train_to_teacher(
     )
     if settings.method == "lora":
         model = model.merge_and_unload()
-    return model.requires_grad_(False).eval(), curve
+    model.requires_grad_(False).eval()
+    return Recovered(model, curve, before, _divergence(model, teacher, judge_NS, settings))
+
+
+@torch.no_grad()
+def _divergence(student: nn.Module, teacher: nn.Module, ids_NS: Tensor, settings: Recover) -> float:
+    """Mean training loss over windows, the model in evaluation mode."""
+    total = 0.0
+    for part in batches(ids_NS, settings.batch_tokens):
+        got, wanted = (
+            m(input_ids=ids_NS[part], use_cache=False).logits for m in (student, teacher)
+        )
+        total += float(distill_loss(got, wanted, settings.temperature)) * len(ids_NS[part])
+    return total / len(ids_NS)
 
 
 def _with_adapters(student: FissileForCausalLM, rank: int, seed: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+import fissile
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "fissile"
@@ -219,3 +222,15 @@ def test_importing_every_module_touches_no_gpu(
 def test_modules_import_under_one_name_only(after_importing_everything: dict[str, object]) -> None:
     """`quant.x` beside `fissile.quant.x` would be two module objects of one file."""
     assert after_importing_everything["bare"] == []
+
+
+def test_every_lazy_name_exists() -> None:
+    """What the rooms promise can be imported, under the name it is promised."""
+    for room, table in fissile._ROOMS.items():
+        module = importlib.import_module(room)
+        for name in table:
+            assert getattr(module, name).__name__ == name
+    for name in fissile._OWN:
+        assert callable(getattr(fissile, name))
+    with pytest.raises(AttributeError, match="no attribute 'slove'"):
+        _ = fissile.quant.slove  # type: ignore[attr-defined]

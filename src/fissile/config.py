@@ -58,6 +58,12 @@ class Extract(Strict):
     top_k: int = Field(3, ge=1)
     active_share: Share = Field(0.75, description="share of FFN neurons computed for a token")
     multiple: int = Field(64, ge=1, description="experts are a multiple of this many neurons")
+    refine_rounds: int = Field(
+        2,
+        ge=0,
+        description="rounds in which neurons move to where the router's choices compute them",
+    )
+    refine_tokens: int = Field(16384, gt=0, description="calibration tokens of the refinement")
 
     @model_validator(mode="after")
     def _chosen_fit(self) -> Extract:

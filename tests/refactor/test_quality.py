@@ -34,6 +34,7 @@ from fissile.refactor.oracle import expert_norms, top_experts
 from fissile.refactor.partition import Partition, random_partition
 from fissile.refactor.refit import RIDGE, refit_layers
 from fissile.refactor.router import distill_router, oracle_targets, router_logits
+from fissile.refactor.sample import refine_experts
 from fissile.refactor.statistics import NeuronStatistics
 from fissile.run.experts import extract_layer, static_bias, static_layer
 
@@ -130,6 +131,24 @@ def test_ridge_routers_find_the_oracles_experts_on_new_text(world: World) -> Non
 def test_alignment_makes_layers_agree(world: World) -> None:
     plain = [torch.arange(EXPERTS) for _ in world.norms]
     assert agreement(world.norms, align_experts(world.norms)) > 2 * agreement(world.norms, plain)
+
+
+def test_refined_experts_suit_one_decision_better(world: World) -> None:
+    """Share of output energy that one predicted choice for all layers computes."""
+    refined = refine_experts(
+        world.dense,
+        world.fit,
+        world.partitions,
+        top_k=CHOSEN,
+        router="pregate",
+        tokens=4096,
+        rounds=1,
+        ridge=1e-2,
+        batch_tokens=4096,
+    )
+    assert max(refined.captured) > refined.captured[0] + 0.01
+    for old, new in zip(world.partitions, refined.partitions, strict=True):
+        assert (old.shared_size, old.expert_size) == (new.shared_size, new.expert_size)
 
 
 def test_the_pre_gating_router_learns_from_the_oracle(world: World) -> None:

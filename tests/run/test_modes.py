@@ -111,6 +111,19 @@ def test_full_training_changes_what_it_should(
     assert 0 < (got - dense[name]).abs().max() < 0.1
 
 
+def test_training_that_does_not_help_is_not_kept(
+    convert: Callable[..., Path], tiny_model: Path
+) -> None:
+    """A learning rate that destroys the model: the ledger says so, the weights stay."""
+    wild = sets(recover__learning_rate="5.0", quantize__enabled="false", export__dtype="float32")
+    out = convert(*wild, *sets(recover__method="full", recover__refit="false"))
+    ledger = (out / "ledger.csv").read_text()
+    assert "training_rejected" in ledger
+    trained = models.load(out).state_dict()
+    name = "model.embed_tokens.weight"
+    assert torch.equal(trained[name], load_source(CheckpointSource(tiny_model)).state_dict()[name])
+
+
 def test_quantize_alone_equals_the_dense_model_closely(
     tiny_model: Path, text_file: Path, tmp_path: Path, run_cli: Cli
 ) -> None:

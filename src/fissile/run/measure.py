@@ -119,7 +119,7 @@ class Measurements:
         if recovery == "trained":
             steps = self.recipe.evaluate.control_recover_steps
             settings = self.recipe.recover.model_copy(update={"steps": steps})
-            model, _ = train_to_teacher(
+            model = train_to_teacher(
                 model,
                 load_source(self.context.source),
                 self.stages.training_windows(),
@@ -129,7 +129,7 @@ class Measurements:
                     f"{name}.{share:g}.training"
                 ),
                 progress=self.context.tick,
-            )
+            ).model
         return self._score(model)
 
     def _control_source(self, name: str, share: float) -> ConvertedSource:

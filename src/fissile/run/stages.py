@@ -7,6 +7,7 @@ of them can be resumed or replaced.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fissile.export.artifact import write_artifact
+from fissile.families.sizes import expert_sizes
 from fissile.models.source import MemorySource, UnitSource, load_source, save_units
 from fissile.models.stream import StateSource, StreamedModel
 from fissile.quant.layers import QuantizedLayer, Solver, quantize_model
@@ -23,6 +25,7 @@ from fissile.refactor.domains import MembershipPartition
 from fissile.refactor.partition import Partition
 from fissile.refactor.recover import train_to_teacher
 from fissile.refactor.refit import RefitLayer, refit_layers
+from fissile.refactor.sample import RouterSees, refine_experts
 from fissile.refactor.statistics import NeuronStatistics
 from fissile.run.context import RunContext
 from fissile.run.experts import (
@@ -100,7 +103,36 @@ class Stages:
                 store.save(name, made.state())
             result.append(kind.from_state(store.load(name)[0]))
             self.context.tick("extract", i + 1, self.dense.num_layers, f"share {share:g}")
-        return result
+        if settings.method != "fissile" or not settings.refine_rounds:
+            return result
+        return self._refined([p for p in result if isinstance(p, Partition)], unit)
+
+    def _refined(self, partitions: list[Partition], unit: str) -> list[AnyPartition]:
+        """Partitions whose neurons moved to where the router's choices compute them."""
+        settings, store = self.recipe.extract, self.context.journal.store(unit)
+        if not store.has("refined"):
+            route = self.recipe.route
+            sees: RouterSees = "pregate_per_layer" if route.per_layer else "pregate"
+            means = None
+            if compensated(self.recipe):
+                means = [stats.mean_F() for stats in self.statistics()]
+            refined = refine_experts(
+                self.dense,
+                self.windows,
+                partitions,
+                top_k=settings.top_k,
+                router=sees if route.kind == "pregate" else "layerwise",
+                tokens=settings.refine_tokens,
+                rounds=settings.refine_rounds,
+                ridge=route.ridge,
+                batch_tokens=self.recipe.calibrate.batch_tokens,
+                means=means,
+                progress=self.context.tick,
+            )
+            orders = {f"order_{i:03d}": p.order_F for i, p in enumerate(refined.partitions)}
+            store.save("refined", orders, {"captured": refined.captured})
+        tensors = store.load("refined")[0]
+        return [replace(p, order_F=tensors[f"order_{i:03d}"]) for i, p in enumerate(partitions)]
 
     # -- route -----------------------------------------------------------------------------------
 
@@ -130,7 +162,7 @@ class Stages:
 
     def recover(self) -> dict[str, Any]:
         """Re-fit the shared projections, then train."""
-        settings, curve = self.recipe.recover, []
+        settings = self.recipe.recover
         events: list[Event] = []
         record: dict[str, Any] = {}
         source = self.raw_source()
@@ -140,10 +172,13 @@ class Stages:
         elif settings.refit:
             record["refit"] = [[r.error_before, r.error_after, r.kind] for r in self.refits]
             events = [_rejected(i, r) for i, r in enumerate(self.refits) if r.kind == "none"]
-        self.context.ledger.replace_stage("recover", events)
         if settings.method != "none" and settings.steps:
-            curve = self._train(self.untrained, "recover")
-        return record | {"recovery_curve": curve}
+            record["training"] = trained = self._train(self.untrained, "recover")
+            if trained["after"] >= trained["before"]:
+                what = f"held-out divergence {trained['before']:.4f} became {trained['after']:.4f}"
+                events.append(Event("training_rejected", "recover", None, "model", what))
+        self.context.ledger.replace_stage("recover", events)
+        return record | {"recovery_curve": record.get("training", {}).get("curve", [])}
 
     @cached_property
     def refits(self) -> list[RefitLayer]:
@@ -171,9 +206,15 @@ class Stages:
 
     def static_source(self, share: float) -> ConvertedSource:
         """Static pruning at an active share, with the bias that restores the mean."""
+        settings = self.recipe.extract
+        if settings.method != "readme":
+            # Whole experts can make the routed model's share differ from the wanted one.
+            ffn = self.context.source.config.intermediate_size
+            counts = settings.num_experts, settings.top_k
+            share = expert_sizes(ffn, *counts, share, settings.multiple).active_share
         partitions, biases = [], []
         for i, stats in enumerate(self.statistics()):
-            partition, mean_F = static_layer(stats, share, self.recipe.extract.multiple)
+            partition, mean_F = static_layer(stats, share, settings.multiple)
             down = self.context.source.layer_state(i)["mlp.shared.down_proj.weight"]
             partitions.append(partition)
             biases.append(static_bias(partition, mean_F, down))
@@ -202,12 +243,12 @@ class Stages:
             source.refits = self.refits
         return source
 
-    def _train(self, source: StateSource, unit: str) -> list[float]:
-        """Train a converted model; its weights become units."""
+    def _train(self, source: StateSource, unit: str) -> dict[str, Any]:
+        """Train a converted model; its weights become units, trained if that helped."""
         store = self.context.journal.store(f"{unit}/model")
         if store.has("curve"):
-            return store.load("curve")[1]["curve"]
-        model, curve = train_to_teacher(
+            return store.load("curve")[1]
+        result = train_to_teacher(
             load_source(source),
             load_source(self.context.source),
             self.training_windows(),
@@ -216,12 +257,16 @@ class Stages:
             checkpoint=self.context.journal.store(unit).path("training"),
             progress=self.context.tick,
         )
-        state = dict(model.state_dict())
-        if source.config.tie_word_embeddings:
-            del state["lm_head.weight"]
-        save_units(MemorySource(source.config, state), store)
-        store.save("curve", {"curve": torch.tensor(curve)}, {"curve": curve})
-        return curve
+        kept = source
+        if result.after < result.before:
+            state = dict(result.model.state_dict())
+            if source.config.tie_word_embeddings:
+                del state["lm_head.weight"]
+            kept = MemorySource(source.config, state)
+        save_units(kept, store)
+        record = {"curve": result.curve, "before": result.before, "after": result.after}
+        store.save("curve", {"curve": torch.tensor(result.curve)}, record)
+        return record
 
     def some_windows(self, tokens: int) -> Tensor:
         """About so many tokens of the calibration windows, evenly spaced to keep the domains."""
