@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -61,3 +62,28 @@ def test_python_on_tensors_runs() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert 0.1 < float(done.stdout) < 0.6
+
+
+def test_the_results_table_is_the_stored_run() -> None:
+    """Every perplexity of the README's tables stands in eval/results/demo.json, in that place."""
+    stored = json.loads((ROOT / "eval" / "results" / "demo.json").read_text())
+    scores = {(v["name"], v["share"], v["recovery"]): v["ppl"] for v in stored["variants"]}
+    widths = {(w["method"], w["of"], w["bits"]): w["ppl"] for w in stored["widths"]}
+    wanted = [
+        [scores[name, share, step] for share in (0.75, 0.5) for step in ("none", "refit")]
+        for name in ("static", "pregate", "ridge", "oracle", "random")
+    ]
+    wanted += [
+        [widths[method, of, bits] for bits in (2, 3, 4)]
+        for method, of in (
+            ("nested", "converted"),
+            ("dedicated", "converted"),
+            ("gptq", "converted"),
+            ("rtn", "converted"),
+            ("nested", "dense"),
+        )
+    ]
+    section = README.partition("<!-- results:")[2].partition("<!-- end")[0]
+    rows = re.findall(r"^\|(?: [^|]+\|)((?: \d+\.\d\d \|)+)$", section, re.M)
+    got = [[float(cell) for cell in row.split("|")[:-1]] for row in rows]
+    assert got == [[round(value, 2) for value in row] for row in wanted]
