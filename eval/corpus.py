@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from fissile.errors import UsageError
+from fissile.eval.continuations import build_choices
 from fissile.eval.documents import rows_to_bytes
 from fissile.eval.sources import DOMAINS, Source
 from fissile.io.publish import atomic_write_bytes
@@ -42,12 +43,14 @@ class Corpus:
     Args:
         calibration: path of calibration.jsonl.
         heldout: path of heldout.jsonl.
+        choices: path of choices.jsonl, multiple-choice items made of the held-out text.
         documents: documents per split and domain.
         size: UTF-8 bytes of text per split and domain.
     """
 
     calibration: Path
     heldout: Path
+    choices: Path
     documents: dict[str, dict[str, int]]
     size: dict[str, dict[str, int]]
 
@@ -106,6 +109,7 @@ def build_corpus(out: Path) -> Corpus:
     return Corpus(
         paths["calibration"],
         paths["heldout"],
+        build_choices(paths["heldout"], out / "choices.jsonl"),
         {s: {d.name: len(d.texts[s]) for d in domains} for s in get_args(Split)},
         {s: {d.name: d.size[s] for d in domains} for s in get_args(Split)},
     )

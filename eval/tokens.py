@@ -8,22 +8,7 @@ from typing import Any
 
 from fissile.errors import CorruptCheckpoint, UsageError
 from fissile.eval.documents import sha256_files
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-)
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer's files that a model folder holds."""
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+from fissile.io.hub import TOKENIZER_FILES, tokenizer_files
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -7,24 +7,15 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable
-from typing import NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias, get_args
 
+from fissile.config import Stage
 from fissile.errors import UsageError
 from fissile.registry import suggest
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 
-STAGES = (
-    "calibrate",
-    "extract",
-    "route",
-    "recover",
-    "quantize",
-    "export",
-    "verify",
-    "evaluate",
-    "report",
-)
+STAGES: tuple[str, ...] = get_args(Stage)
 
 
 class Parser(argparse.ArgumentParser):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fissile.families.artifact import artifact_tensors
 from fissile.families.base import Family
+from fissile.io.hub import copied_files
 from fissile.io.manifest import Origin, write_manifest
 from fissile.io.publish import atomic_write_bytes, published
 from fissile.io.writer import DTYPE_NAMES, PlannedTensor, ShardWriter
@@ -35,20 +36,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_fissile.FissileModel",
     "AutoModelForCausalLM": "modeling_fissile.FissileForCausalLM",
 }
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-"""Files of the source that go to the artifact byte for byte, where they exist."""
-
 
 def write_artifact(
     out: Path,
@@ -102,9 +89,8 @@ def write_artifact(
         for path in CODE_FILES:
             code = portable(path.read_text(encoding="utf-8"))
             atomic_write_bytes(folder / path.name, code.encode())
-        for name in COPIED:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        for path in copied_files(source):
+            shutil.copyfile(path, folder / path.name)
         atomic_write_bytes(folder / "README.md", card(folder).encode())
         for path in folder.iterdir():
             path.chmod(0o644)

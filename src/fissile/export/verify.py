@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fissile import families, models
 from fissile.errors import FissileError, UnsupportedModel
-from fissile.export.artifact import CODE_FILES, COPIED, portable
+from fissile.export.artifact import CODE_FILES, portable
 from fissile.io.headers import CheckpointHeaders, checkpoint_folder, open_checkpoint_headers
+from fissile.io.hub import copied_files
 from fissile.io.manifest import check_manifest
 from fissile.io.reader import TensorReader
 from fissile.kernels.layout import decode_theta
@@ -222,7 +223,7 @@ def fresh_logits(path: Path, ids: Tensor, widths: list[int]) -> dict[str, Tensor
 
 
 def _tokenizer(path: Path, against: Path) -> Iterator[Check]:
-    pairs = [(against / n, path / n) for n in COPIED if (against / n).is_file()]
+    pairs = [(source, path / source.name) for source in copied_files(against)]
     wrong = [b.name for a, b in pairs if not b.is_file() or a.read_bytes() != b.read_bytes()]
     detail = f"{wrong[0]} differs" if wrong else f"{len(pairs)} files, byte for byte"
     yield Check("tokenizer files equal the source's", not wrong, detail)

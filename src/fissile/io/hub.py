@@ -11,7 +11,7 @@ from fissile.io.headers import CheckpointHeaders, checkpoint_folder, weight_file
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja")
-_TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -21,10 +21,8 @@ _TOKENIZER = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
 )
+_COPIED = (*TOKENIZER_FILES, "chat_template.jinja", "chat_template.json", "generation_config.json")
 
 
 def resolve_source(source: str, *, download: bool = False, revision: str | None = None) -> Path:
@@ -90,8 +88,13 @@ def describe_source(headers: CheckpointHeaders) -> dict[str, str | None]:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Tokenizer and generation files of a checkpoint, to be copied byte for byte."""
-    return [folder / name for name in _TOKENIZER if (folder / name).is_file()]
+    """The tokenizer's files that a checkpoint folder holds."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """Files that go to an artifact byte for byte: tokenizer, templates, generation settings."""
+    return [folder / name for name in _COPIED if (folder / name).is_file()]
 
 
 def has_tokenizer(folder: Path) -> bool:

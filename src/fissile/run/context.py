@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import logging
 import resource
 import signal
@@ -19,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from fissile.config import Recipe
 from fissile.errors import Interrupted, UsageError
-from fissile.io.headers import CheckpointHeaders
 from fissile.run.journal import Journal
 from fissile.run.ledger import Ledger
 
@@ -125,14 +122,6 @@ class RunContext:
 def peak_rss_bytes() -> int:
     """Largest resident set of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def source_sha256(headers: CheckpointHeaders) -> str:
-    """Hash of a checkpoint's config, names, shapes and sizes, from its headers alone."""
-    digest = hashlib.sha256(json.dumps(headers.config, sort_keys=True).encode())
-    for name, (path, info) in sorted(headers.tensors.items()):
-        digest.update(f"{name} {path.name} {info.dtype} {info.shape} {info.begin}\n".encode())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fissile.config import Baseline, Quantize
+from fissile.io.hub import describe_source
 from fissile.io.manifest import Origin
 from fissile.io.units import UnitStore
 from fissile.kernels.layout import LAYOUT_VERSION
@@ -17,16 +18,13 @@ from fissile.quant.baselines import gptq, rtn
 from fissile.quant.decouple import solve
 from fissile.quant.layers import Solver, read_layer
 from fissile.quant.nested import NestedWeight
-from fissile.run.context import RunContext, source_sha256
+from fissile.run.context import RunContext
 
 
 def origin_of(context: RunContext) -> Origin:
     """Where the artifact of a run came from."""
     return Origin(
-        source={
-            "name": context.source.folder.name,
-            "sha256": source_sha256(context.source.headers),
-        },
+        source=describe_source(context.source.headers),
         seed=context.recipe.seed,
         recipe_sha256=context.recipe.sha256(),
     )

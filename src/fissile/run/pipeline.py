@@ -13,14 +13,13 @@ import yaml
 from fissile import __version__
 from fissile.config import Quantize, Recipe, Stage
 from fissile.errors import QualityGate, UsageError
-from fissile.io.hub import resolve_source
+from fissile.io.hub import describe_source, resolve_source
 from fissile.io.publish import atomic_write_bytes, atomic_write_json, clean_leftovers
 from fissile.run.context import (
     Progress,
     RunContext,
     locked,
     logged,
-    source_sha256,
     stop_on_signals,
 )
 from fissile.run.journal import Journal
@@ -98,7 +97,8 @@ def run_recipe(
     with locked(out):
         identity = {
             "fissile": __version__,
-            "source": source_sha256(checkpoint.headers),
+            "source": describe_source(checkpoint.headers)["headers_sha256"],
+            "config": checkpoint.headers.config,
             "recipe": recipe.model_dump(mode="json"),
         }
         journal = Journal(out, identity, resume=resume, overwrite=overwrite)
