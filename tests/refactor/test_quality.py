@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fissile.config import Extract, Route
+from fissile.config import Extract, Recover, Route
 from fissile.eval.corpus import build_corpus
 from fissile.eval.documents import read_documents
 from fissile.eval.tokens import load_tokenizer
 from fissile.eval.windows import sample_windows
 from fissile.models.build import with_routing
-from fissile.models.source import CheckpointSource
+from fissile.models.source import CheckpointSource, load_source
 from fissile.models.stream import StreamedModel
 from fissile.refactor.align import agreement, align_experts
 from fissile.refactor.calibrate import (
@@ -32,6 +33,7 @@ from fissile.refactor.calibrate import (
 from fissile.refactor.convert import ConvertedSource, routing_of
 from fissile.refactor.oracle import expert_norms, top_experts
 from fissile.refactor.partition import Partition, random_partition
+from fissile.refactor.recover import train_to_teacher
 from fissile.refactor.refit import RIDGE, refit_layers
 from fissile.refactor.router import distill_router, oracle_targets, router_logits
 from fissile.refactor.sample import refine_experts
@@ -194,3 +196,24 @@ def test_refit_equals_ridge_regression_and_lowers_the_held_out_error(world: Worl
     got = results[0].weight_DF.double().numpy() - down[:, kept]
     assert results[0].kind == "full"
     assert np.linalg.norm(got - delta) < 1e-3 * np.linalg.norm(delta)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_training_brings_a_pruned_model_back_towards_the_dense_one(
+    world: World, method: Literal["lora", "full"]
+) -> None:
+    partitions = [static_layer(stats, 0.5, 64)[0] for stats in world.stats]
+    routing = routing_of("static", partitions, 1, ROUTE)
+    pruned = ConvertedSource(world.dense.source, partitions, routing)
+    settings = Recover(method=method, steps=8, batch_tokens=512, learning_rate=3e-4, rank=8)
+    result = train_to_teacher(
+        load_source(pruned), load_source(world.dense.source), world.fit.ids_NS, settings, seed=0
+    )
+    assert result.after < 0.9 * result.before
+    # Adapters are merged: the trained model has the tensors of the untrained one, and no others.
+    before, after = load_source(pruned).state_dict(), result.model.state_dict()
+    assert before.keys() == after.keys()
+    name = "model.layers.3.mlp.shared.down_proj.weight"
+    assert not torch.equal(before[name], after[name])
+    frozen = "model.embed_tokens.weight"
+    assert torch.equal(before[frozen], after[frozen]) == (method == "lora")
