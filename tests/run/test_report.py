@@ -17,6 +17,7 @@ from fissile.errors import CorruptCheckpoint, UsageError
 from fissile.run.advice import advise, compare
 from fissile.run.metrics import Metrics, Score, parse_metrics, read_metrics
 from fissile.run.report import CAPTIONS, write_report
+from fissile.run.report_tables import summary_rows
 
 DOMAINS = {"c": 20.0, "english": 35.0, "python": 28.0}
 TOKENS = [300 + 17 * i for i in range(24)]
@@ -327,6 +328,16 @@ def test_four_bits_alone_win_at_equal_memory() -> None:
     assert level == "warning"
     assert "Use 4-bit weights alone" in text
     assert "was not measured" in advice({})["memory"][-1][1]
+
+
+def test_the_quantized_dense_model_is_not_taken_for_the_converted_one() -> None:
+    """Its rows differ in one field; with them the advice on nesting stays what it was."""
+    rows = [width("nested", 4, 0.5, of="dense"), *full()["widths"]]
+    assert advice({"widths": rows})["nesting"] == advice({})["nesting"]
+    metrics = parse_metrics(full() | {"widths": rows}, "here")
+    names = [row["model"] for row in summary_rows(metrics)]
+    assert len(names) == len(set(names))
+    assert "dense, nested, 4 bits" in names
 
 
 def test_widths_and_plain_quantizers_are_judged() -> None:

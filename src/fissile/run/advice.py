@@ -119,7 +119,8 @@ def find_variant(metrics: Metrics, name: str, share: float, recovery: str) -> Va
 
 def find_width(metrics: Metrics, method: str, bits: int | None) -> WidthScore | None:
     """The measurement of one quantized model, or None."""
-    return next((w for w in metrics.widths if (w.method, w.bits) == (method, bits)), None)
+    ours = (w for w in metrics.widths if w.of == "converted")
+    return next((w for w in ours if (w.method, w.bits) == (method, bits)), None)
 
 
 def shares(metrics: Metrics) -> list[float]:
@@ -222,7 +223,7 @@ def _router(metrics: Metrics) -> Iterator[Advice]:
 
 def _nested(metrics: Metrics) -> list[WidthScore]:
     """Nested widths, the widest first."""
-    found = [w for w in metrics.widths if w.method == "nested"]
+    found = [w for w in metrics.widths if w.method == "nested" and w.of == "converted"]
     return sorted(found, key=lambda w: -(w.bits or 0))
 
 

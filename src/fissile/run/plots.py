@@ -134,7 +134,8 @@ def domains(metrics: Metrics, theme: Theme) -> Figure | None:
 
 def widths(metrics: Metrics, theme: Theme) -> Figure | None:
     """Perplexity over the dense model's against bits, for all text and for each domain."""
-    rows = [w for w in metrics.widths if w.method in _METHODS and w.bits and w.ppl]
+    ours = [w for w in metrics.widths if w.of == "converted"]
+    rows = [w for w in ours if w.method in _METHODS and w.bits and w.ppl]
     dense = metrics.dense
     if dense is None or not dense.ppl or not rows:
         return None
@@ -171,7 +172,7 @@ def widths(metrics: Metrics, theme: Theme) -> Figure | None:
 
 def sizes(metrics: Metrics, theme: Theme) -> Figure | None:
     """Bytes a load reads against perplexity: dense, converted floats, and every width."""
-    rows = [w for w in metrics.widths if w.bytes and w.ppl]
+    rows = [w for w in metrics.widths if w.bytes and w.ppl and w.of == "converted"]
     dense = metrics.dense
     if not rows or dense is None or not dense.ppl:
         return None

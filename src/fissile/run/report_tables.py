@@ -32,6 +32,7 @@ def summary_rows(metrics: Metrics) -> list[dict[str, Any]]:
     for width in sorted(metrics.widths, key=lambda w: -(w.bits or 99)):
         if width.method in ("float", "nested"):
             name = "converted, floats" if width.method == "float" else f"nested, {width.bits} bits"
+            name = f"dense, {name}" if width.of == "dense" else name
             row = _score_row(width, metrics.dense)
             extra = {"bytes": width.bytes, "bits_per_weight": width.bits_per_weight}
             rows.append({"model": name, **extra, **row})
