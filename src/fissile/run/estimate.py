@@ -124,6 +124,15 @@ class Estimator:
         sketch = 2 * self.recipe.calibrate.sketch_dim
         memory = self._dense_held() | {"clustering": 8.0 * dims.ffn * (3 * sketch + 4 * experts)}
         work = 20.0 * dims.layers * dims.ffn * experts * (2 * sketch + 100)
+        wanted = self.recipe.extract
+        if wanted.method == "fissile" and wanted.refine_rounds:
+            # FFN inputs of all layers in bfloat16; activations of one, and a few copies of them.
+            tokens = min(wanted.refine_tokens, self.recipe.calibrate.tokens)
+            sample = 2.0 * dims.layers * tokens * dims.hidden + 3 * 4.0 * tokens * dims.ffn
+            memory |= self._streamed(tokens) | {"refinement": sample}
+            passes = 6.0 * tokens * dims.layers * dims.hidden * dims.ffn
+            work += self._pass(tokens, self.recipe.calibrate.context)
+            work += (wanted.refine_rounds + 2) * passes
         return self._cost("extract", memory, 8 * dims.layers * dims.ffn, work)
 
     def _route(self) -> StageCost:
