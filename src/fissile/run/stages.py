@@ -89,6 +89,9 @@ class Stages:
         record: dict[str, Any] = {"shared": [p.shared_size for p in parts]}
         if isinstance(first, MembershipPartition):
             record["kept"] = [len(p.order_P) for p in parts if isinstance(p, MembershipPartition)]
+        if (store := self.context.journal.store("extract")).has("refined"):
+            # Share of output energy that the predicted choices compute, before and after rounds.
+            record |= store.load("refined")[1]
         return record | {"num_experts": first.num_experts}
 
     def partitions(self, share: float, unit: str) -> list[AnyPartition]:
@@ -101,8 +104,8 @@ class Stages:
                 seed = self.recipe.seed * 1000 + i
                 made = extract_layer(stats, settings, share, seed, compensated(self.recipe))
                 store.save(name, made.state())
+                self.context.tick("extract", i + 1, self.dense.num_layers, f"share {share:g}")
             result.append(kind.from_state(store.load(name)[0]))
-            self.context.tick("extract", i + 1, self.dense.num_layers, f"share {share:g}")
         if settings.method != "fissile" or not settings.refine_rounds:
             return result
         return self._refined([p for p in result if isinstance(p, Partition)], unit)
