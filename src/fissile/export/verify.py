@@ -26,7 +26,8 @@ from fissile.io.hub import copied_files
 from fissile.io.manifest import check_manifest
 from fissile.io.reader import TensorReader
 from fissile.kernels.layout import decode_theta
-from fissile.models.source import CheckpointSource, load_source
+from fissile.models.source import CheckpointSource
+from fissile.models.stream import StreamedModel
 
 Progress = Callable[[str, int, int, str], None]
 PROBE_SHAPE = (2, 32)
@@ -232,12 +233,10 @@ def _tokenizer(path: Path, against: Path) -> Iterator[Check]:
 def _dense(path: Path, headers: CheckpointHeaders, against: Path) -> Iterator[Check]:
     """How far the converted model is from the dense one; a number to read, not a bound."""
     ids = probe_ids(headers.config["vocab_size"])
-    with torch.no_grad():
-        dense = load_source(CheckpointSource(against))(input_ids=ids).logits.log_softmax(-1)
-        for width in _widths(headers) or [0]:
-            got = models.load(path, bits=width or None)(input_ids=ids).logits.log_softmax(-1)
-            kl = float((dense.exp() * (dense - got)).sum(-1).mean())
-            label = f" at {width} bits" if width else ""
-            yield Check(
-                f"divergence from the dense model{label}", kl == kl, f"{kl:.4f} nats per token"
-            )
+    dense = StreamedModel(CheckpointSource(against)).forward(ids).log_softmax(-1)
+    for width in _widths(headers) or [0]:
+        source = CheckpointSource(path, bits=width or None)
+        got = StreamedModel(source).forward(ids).log_softmax(-1)
+        kl = float((dense.exp() * (dense - got)).sum(-1).mean())
+        label = f" at {width} bits" if width else ""
+        yield Check(f"divergence from the dense model{label}", kl == kl, f"{kl:.4f} nats per token")

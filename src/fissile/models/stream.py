@@ -94,6 +94,14 @@ class StreamedModel:
         return routes if len(routes) > 1 else routes * self.num_layers
 
     @torch.no_grad()
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """Logits (B, S, V) of windows without padding, one layer in memory at a time."""
+        embeds_BSD = hidden_BSD = self.embed(ids_BS)
+        for i, route in enumerate(self.routes(embeds_BSD)):
+            hidden_BSD = self.layer(i)(hidden_BSD, route, self.context(hidden_BSD))
+        return self.logits(hidden_BSD)
+
+    @torch.no_grad()
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """Final norm, head and soft cap; (B, S, V)."""
         logits = nn.functional.linear(self.norm(hidden_BSD), self.head)
