@@ -25,6 +25,7 @@ from fissile.eval.tokens import check_ids, encode, model_limits, resolve_context
 from fissile.eval.uncertainty import mean_stderr
 
 NO_SUBJECT = "all"
+TEMPLATE = "{question} {choice}"
 Progress = Callable[[str, int, int, str], None]
 
 
@@ -38,6 +39,7 @@ class Item:
         answer: index of the right one.
         subject: label; items without one share the subject "all".
         line: line of the file, from 1; 0 if it came from elsewhere.
+        document: what it was cut from; items of one document are not independent.
     """
 
     question: str
@@ -45,6 +47,7 @@ class Item:
     answer: int
     subject: str = NO_SUBJECT
     line: int = 0
+    document: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class ChoicesResult:
 
 
 def read_items(path: Path) -> list[Item]:
-    """Read multiple-choice items from JSONL.
+    """Read multiple-choice items from JSONL; rows of split "dev" are examples and left out.
 
     Args:
         path: the file.
@@ -83,7 +86,11 @@ def read_items(path: Path) -> list[Item]:
     Raises:
         UsageError: unreadable file, a missing or wrong field, an empty file; names file and line.
     """
-    items = [_item(f"{path}:{number}", number, row) for number, row in read_rows(path)]
+    items = [
+        _item(f"{path}:{number}", number, row)
+        for number, row in read_rows(path)
+        if row.get("split") != "dev"
+    ]
     if not items:
         raise UsageError(f"{path}: no items; expected question, choices and answer on each line")
     return items
@@ -124,10 +131,14 @@ def choices(
     vocab_size = model_limits(model.config)[0]
     requests = [_requests(item, tokenizer, start, context, vocab_size) for item in items]
     # Each distinct sequence is scored once, so equal choices tie exactly in every batch.
-    unique = list(dict.fromkeys(ids for row in requests for ids, _ in row))
+    tails: dict[tuple[int, ...], int] = {}
+    for ids, count in (request for row in requests for request in row):
+        tails[ids] = max(count, tails.get(ids, 1))
+    unique = list(tails)
     owner = {ids: item for item, row in zip(items, requests, strict=True) for ids, _ in row}
     nll: dict[tuple[int, ...], list[float]] = {}
-    for done, (index, nll_T) in enumerate(token_nll(model, unique, batch_tokens), start=1):
+    scored = token_nll(model, unique, batch_tokens, list(tails.values()))
+    for done, (index, nll_T) in enumerate(scored, start=1):
         nll[unique[index]] = nll_T.double().tolist()
         if not math.isfinite(sum(nll[unique[index]])):
             raise CorruptCheckpoint(
@@ -208,4 +219,6 @@ def _item(where: str, line: int, row: dict[str, Any]) -> Item:
         )
     if subject is not None and not isinstance(subject, str):
         raise UsageError(f'{where}: field "subject" must be a string, found {subject!r}')
-    return Item(question, tuple(options), answer, subject or NO_SUBJECT, line)
+    document = row.get("document")
+    own = None if document is None else str(document)
+    return Item(question, tuple(options), answer, subject or NO_SUBJECT, line, own)

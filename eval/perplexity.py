@@ -1,6 +1,9 @@
 """Perplexity of held-out documents, total and per domain.
 
-The convention, exactly: a document is a start token (BOS) and its text's tokens, cut into
+What a window is and which of its tokens are predicted is a convention: this project's own, below,
+or one of `fissile.eval.conventions`.
+
+Ours, exactly: a document is a start token (BOS) and its text's tokens, cut into
 non-overlapping windows of `context` tokens that never reach into another document. Within a
 window every token but the first is predicted from those before it. So no token is predicted twice,
 the start token is not predicted, and the first token of a document's second and later windows
@@ -8,24 +11,53 @@ serves as context only. Perplexity is exp of the mean negative log-likelihood ov
 tokens; long documents weigh more than short ones.
 
 Its standard error treats documents as the independent units (`uncertainty.ratio_stderr`, delta
-method) and is that of the mean times the perplexity.
+method) and is that of the mean times the perplexity. Per byte and per word, the mean negative
+log-likelihood per predicted token is multiplied by tokens per byte or word of the documents.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fissile.errors import CorruptCheckpoint, UsageError
 from fissile.eval.documents import Document
+from fissile.eval.result import Scored
 from fissile.eval.scoring import token_nll
 from fissile.eval.tokens import check_ids, encode, model_limits, resolve_context, start_token
 from fissile.eval.uncertainty import paired_log_ratio, ratio_stderr
 from fissile.eval.windows import Window, choose_documents, document_windows
 
 Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much text was tokenised.
+
+    Args:
+        tokens: without the start token.
+        bytes: of UTF-8.
+        words: pieces between white space, counted as lm-evaluation-harness does.
+    """
+
+    tokens: int
+    bytes: int
+    words: int
+
+    @classmethod
+    def of(cls, texts: Sequence[str], tokens: int) -> Extent:
+        """Measure texts that were encoded to so many tokens."""
+        size = sum(len(text.encode()) for text in texts)
+        return cls(tokens, size, sum(len(re.split(r"\s+", text)) for text in texts))
+
+    def __add__(self, other: Extent) -> Extent:
+        return Extent(
+            self.tokens + other.tokens, self.bytes + other.bytes, self.words + other.words
+        )
 
 
 @dataclass(frozen=True)
@@ -37,12 +69,26 @@ class DomainScore:
         stderr: of ppl, over documents; None for a single document.
         n_tokens: predicted tokens.
         n_documents: documents with at least one predicted token.
+        mean_nll: negative log-likelihood per predicted token, nats.
+        extent: of the text.
     """
 
     ppl: float
     stderr: float | None
     n_tokens: int
     n_documents: int
+    mean_nll: float
+    extent: Extent
+
+    def metrics(self) -> dict[str, float]:
+        """Bits per byte, and perplexities per byte and per word; lower is better for all."""
+        per_byte = self.mean_nll * self.extent.tokens / self.extent.bytes
+        per_word = self.mean_nll * self.extent.tokens / self.extent.words
+        return {
+            "bits_per_byte": per_byte / math.log(2),
+            "byte_perplexity": _exp(per_byte),
+            "word_perplexity": _exp(per_word),
+        }
 
 
 @dataclass(frozen=True)
@@ -58,8 +104,11 @@ class PerplexityResult:
         document_nll: total nats per document, in the order they were given.
         document_tokens: predicted tokens per document.
         document_domain: domain per document.
+        document_id: the document's line in its file, else its place, per document.
         context: tokens per window.
-        start: id of the token before every document.
+        start: id of the token before every document, None without one.
+        total: perplexity and extent of everything.
+        convention: by which windows were cut.
     """
 
     ppl: float
@@ -69,9 +118,12 @@ class PerplexityResult:
     n_documents: int
     document_nll: tuple[float, ...]
     document_tokens: tuple[int, ...]
-    document_domain: tuple[str, ...]
+    document_domain: tuple[str | None, ...]
+    document_id: tuple[str, ...]
     context: int
-    start: int
+    start: int | None
+    total: DomainScore
+    convention: str = "fissile"
 
     def log_ratio(self, other: PerplexityResult) -> tuple[float, float | None]:
         """log(self.ppl / other.ppl) on the same documents with its paired standard error.
@@ -97,6 +149,41 @@ class PerplexityResult:
             "document_tokens": list(self.document_tokens),
         }
 
+    def scored(self) -> Scored:
+        """The outcome in the schema of `fissile.eval.result`."""
+        by_domain = {name: score.metrics() for name, score in self.by_domain.items()}
+        metrics = {
+            name: {
+                "value": value,
+                "higher_is_better": False,
+                "by_domain": {domain: found[name] for domain, found in by_domain.items()},
+            }
+            for name, value in self.total.metrics().items()
+        }
+        columns = (self.document_id, self.document_domain, self.document_nll, self.document_tokens)
+        items = [
+            {"id": key, "domain": domain, "nll": nll, "tokens": tokens}
+            for key, domain, nll, tokens in zip(*columns, strict=True)
+        ]
+        details = {
+            "convention": self.convention,
+            "context": self.context,
+            "bos": self.start,
+            "n_documents": self.n_documents,
+            "n_bytes": self.total.extent.bytes,
+            "stderr_method": "delta method over documents",
+            "domains": {
+                name: {
+                    "n_tokens": score.n_tokens,
+                    "n_documents": score.n_documents,
+                    "stderr": score.stderr,
+                }
+                for name, score in self.by_domain.items()
+            },
+        }
+        groups = {name: score.ppl for name, score in self.by_domain.items()}
+        return Scored(self.n_tokens, self.ppl, self.stderr, groups, details, metrics, items)
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -106,13 +193,15 @@ class HeldOut:
         windows: of all documents, in document order.
         documents: the documents the windows' indices refer to.
         context: tokens per window.
-        start: id of the token before every document.
+        start: id of the token before every document, None without one.
+        extents: of the text of each domain.
     """
 
     windows: tuple[Window, ...]
     documents: tuple[Document, ...]
     context: int
-    start: int
+    start: int | None
+    extents: Mapping[str, Extent]
 
 
 def prepare(
@@ -159,7 +248,18 @@ def prepare(
     ]
     if not windows:
         raise UsageError(f"the text is empty: {len(documents)} documents hold no token")
-    return HeldOut(tuple(windows), tuple(documents[i] for i in kept), context, start)
+    chosen_documents = [documents[i] for i in kept]
+    extents = extents_by_domain(chosen_documents, [lengths[i] for i in kept])
+    return HeldOut(tuple(windows), tuple(chosen_documents), context, start, extents)
+
+
+def extents_by_domain(documents: Sequence[Document], lengths: Sequence[int]) -> dict[str, Extent]:
+    """Extent of every domain's documents, given the tokens of each document."""
+    found: dict[str, Extent] = {}
+    for document, length in zip(documents, lengths, strict=True):
+        own = Extent.of([document.text], length)
+        found[document.domain] = found.get(document.domain, Extent(0, 0, 0)) + own
+    return found
 
 
 def measure(
@@ -187,7 +287,7 @@ def measure(
     for done, (index, nll_T) in enumerate(
         token_nll(model, [w.ids for w in windows], batch_tokens), start=1
     ):
-        nll[index] = nll_T.double().sum().item()
+        nll[index] = nll_T[windows[index].given - 1 :].double().sum().item()
         if not math.isfinite(nll[index]):
             document = held_out.documents[windows[index].document]
             raise CorruptCheckpoint(
@@ -211,7 +311,7 @@ def perplexity(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PerplexityResult:
-    """Perplexity of a model on documents: `prepare` and `measure` in one call.
+    """Perplexity of a model on documents by this project's convention: `prepare` and `measure`.
 
     Args:
         model: Hugging Face style causal model in evaluation mode.
@@ -239,16 +339,17 @@ def _summary(held_out: HeldOut, window_nll: Sequence[float]) -> PerplexityResult
     counts = [0] * len(held_out.documents)
     for window, value in zip(held_out.windows, window_nll, strict=True):
         nll[window.document] += value
-        counts[window.document] += len(window.ids) - 1
+        counts[window.document] += window.predicted
     domains = tuple(d.domain for d in held_out.documents)
     scores = {
         name: _score(
             [v for v, d in zip(nll, domains, strict=True) if d == name],
             [c for c, d in zip(counts, domains, strict=True) if d == name],
+            held_out.extents[name],
         )
         for name in sorted(set(domains))
     }
-    total = _score(nll, counts)
+    total = _score(nll, counts, sum(held_out.extents.values(), Extent(0, 0, 0)))
     return PerplexityResult(
         total.ppl,
         total.stderr,
@@ -258,15 +359,20 @@ def _summary(held_out: HeldOut, window_nll: Sequence[float]) -> PerplexityResult
         tuple(nll),
         tuple(counts),
         domains,
+        tuple(str(d.line or place) for place, d in enumerate(held_out.documents, start=1)),
         held_out.context,
         held_out.start,
+        total,
     )
 
 
-def _score(nll: Sequence[float], counts: Sequence[int]) -> DomainScore:
+def _score(nll: Sequence[float], counts: Sequence[int], extent: Extent) -> DomainScore:
     n_tokens = sum(counts)
     mean, error = math.fsum(nll) / n_tokens, ratio_stderr(nll, counts)
+    stderr = None if error is None else _exp(mean) * error
+    return DomainScore(_exp(mean), stderr, n_tokens, sum(c > 0 for c in counts), mean, extent)
+
+
+def _exp(value: float) -> float:
     # A broken model may exceed what exp can hold; infinity is then the honest value.
-    ppl = math.exp(mean) if mean < 700 else math.inf
-    stderr = None if error is None else ppl * error
-    return DomainScore(ppl, stderr, n_tokens, sum(c > 0 for c in counts))
+    return math.exp(value) if value < 700 else math.inf

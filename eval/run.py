@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from fissile.errors import CorruptCheckpoint, UnsupportedModel, UsageError
-from fissile.eval.choices import choices, read_items
-from fissile.eval.documents import read_documents, sha256_files
-from fissile.eval.perplexity import Progress, perplexity
-from fissile.eval.result import Result, Task, machine, model_sha256, versions
+from fissile.eval.conventions import check_convention
+from fissile.eval.mmlu import MmluOptions, open_journal
+from fissile.eval.perplexity import Progress
+from fissile.eval.result import (
+    TASK_VERSIONS,
+    Result,
+    Task,
+    code,
+    machine,
+    model_sha256,
+    versions,
+)
+from fissile.eval.routing import check_routers
+from fissile.eval.tasks import TASKS, Settings
 from fissile.eval.tokens import load_tokenizer, tokenizer_sha256
 from fissile.registry import suggest
 
@@ -27,18 +38,22 @@ def evaluate(
     limit: int | None = None,
     context: int | None = None,
     batch_tokens: int = 8192,
+    convention: str = "fissile",
+    mmlu: MmluOptions | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Load a model and score it.
 
     Args:
         folder: an artifact, a run folder (its model/ is taken), or a dense Hugging Face folder.
-        task: "perplexity" or "choices".
-        data: JSONL of documents (perplexity) or items (choices).
+        task: a name of `fissile.eval.tasks.TASKS`.
+        data: JSONL of documents (perplexity, routing) or items (choices).
         bits: width to serve, for artifacts with nested weights; None for the artifact's default.
         limit: use the first so many documents or items.
         context: tokens per window; None for the model's maximum, at most 2048.
         batch_tokens: padded tokens per forward pass; does not change the result.
+        convention: of a perplexity: "fissile", "gptq" or "lm-eval" (`fissile.eval.conventions`).
+        mmlu: what only that task takes; None for its defaults.
         progress: called with ("eval", done, total, detail).
 
     Raises:
@@ -46,37 +61,54 @@ def evaluate(
         UnsupportedModel: no model class for the folder's configuration.
         CorruptCheckpoint: weights that are missing, damaged or give non-finite logits.
     """
-    if task not in get_args(Task):
-        known = list(get_args(Task))
-        raise UsageError(f"unknown task {task!r}{suggest(task, known)} (known: {', '.join(known)})")
-    if batch_tokens < 1:
-        raise UsageError(f"batch_tokens {batch_tokens}: must be at least 1")
+    _check_words(task, convention, batch_tokens)
     folder = model_folder(folder)
     config = read_config(folder)
     check_bits(folder, config, bits)
+    if task == "routing":
+        check_routers(folder, config)
     # Text first: a mistake in the data should not cost the time of loading a model.
-    rows = read_documents(data) if task == "perplexity" else read_items(data)
-    tokenizer = load_tokenizer(folder)
-    model = load_model(folder, config, bits)
-    common = {"context": context, "batch_tokens": batch_tokens, "limit": limit}
-    began = time.perf_counter()
-    score = _perplexity if task == "perplexity" else _choices
-    count, value, stderr, groups, details = score(model, tokenizer, rows, common, progress)
+    spec = TASKS[task]
+    settings = Settings(context, batch_tokens, limit, convention, progress, mmlu or MmluOptions())
+    rows = spec.read(data, settings)
     conditions = {
-        **details,
         "batch_tokens": batch_tokens,
         "limit": limit,
+        **_conditions(folder, config, data.name, spec.sha256(data, rows)),
+    }
+    if task == "mmlu":
+        settings = replace(settings, journal=open_journal(settings.mmlu, bits, context, conditions))
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, config, bits)
+    began = time.perf_counter()
+    found = spec.score(model, tokenizer, rows, settings)
+    seconds = time.perf_counter() - began
+    conditions = {"task_version": TASK_VERSIONS[task], **found.details, **conditions, **machine()}
+    served = bits if bits is not None else default_bits(config)
+    return Result(task, served, found, seconds, conditions)
+
+
+def _check_words(task: str, convention: str, batch_tokens: int) -> None:
+    if task not in (known := list(get_args(Task))):
+        raise UsageError(f"unknown task {task!r}{suggest(task, known)} (known: {', '.join(known)})")
+    check_convention(convention)
+    if batch_tokens < 1:
+        raise UsageError(f"batch_tokens {batch_tokens}: must be at least 1")
+
+
+def _conditions(
+    folder: Path, config: dict[str, Any], data: str, data_sha256: str
+) -> dict[str, Any]:
+    """What every score depends on, whatever the task and the machine."""
+    return {
         "dtype": _DTYPE,
-        "data": {"file": data.name, "sha256": sha256_files([data])},
+        "data": {"file": data, "sha256": data_sha256},
         "model": {"type": config.get("model_type"), "sha256": model_sha256(folder)},
         "tokenizer_sha256": tokenizer_sha256(folder),
         "seed": None,  # nothing is drawn at random
+        "code": code(),
         "versions": versions(),
-        **machine(),
     }
-    served = bits if bits is not None else _default_bits(config)
-    seconds = time.perf_counter() - began
-    return Result(task, served, count, value, stderr, groups, seconds, conditions)
 
 
 def model_folder(folder: Path) -> Path:
@@ -175,45 +207,8 @@ def _load_stock(folder: Path) -> Any:
     return model.eval()
 
 
-Outcome = tuple[int, float, float | None, dict[str, float], dict[str, Any]]
-
-
-def _perplexity(
-    model: Any, tokenizer: Any, rows: Any, common: dict[str, Any], progress: Progress | None
-) -> Outcome:
-    found = perplexity(model, tokenizer, rows, **common, progress=progress)
-    details = {
-        "context": found.context,
-        "bos": found.start,
-        "n_documents": found.n_documents,
-        "stderr_method": "delta method over documents",
-        "domains": {
-            name: {
-                "n_tokens": score.n_tokens,
-                "n_documents": score.n_documents,
-                "stderr": score.stderr,
-            }
-            for name, score in found.by_domain.items()
-        },
-    }
-    groups = {name: score.ppl for name, score in found.by_domain.items()}
-    return found.n_tokens, found.ppl, found.stderr, groups, details
-
-
-def _choices(
-    model: Any, tokenizer: Any, rows: Any, common: dict[str, Any], progress: Progress | None
-) -> Outcome:
-    found = choices(model, tokenizer, rows, **common, progress=progress)
-    details = {
-        "context": found.context,
-        "bos": found.start,
-        "normalisation": "mean log-likelihood per token",
-        "n_ties": found.n_ties,
-    }
-    return found.n_items, found.accuracy, found.stderr, found.by_subject, details
-
-
-def _default_bits(config: dict[str, Any]) -> int | None:
+def default_bits(config: dict[str, Any]) -> int | None:
+    """The width an artifact is served at unless another is asked for; None with float weights."""
     widths = (config.get("nested") or {}).get("widths")
     return (config.get("bits") or widths[-1]) if widths else None
 

@@ -21,7 +21,10 @@ _PROBE_TOKENS = 8
 
 
 def token_nll(
-    model: Any, sequences: Sequence[Sequence[int]], batch_tokens: int
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    batch_tokens: int,
+    tails: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Score sequences under a causal model.
 
@@ -33,24 +36,27 @@ def token_nll(
         model: Hugging Face style causal model; called with input_ids, attention_mask, use_cache.
         sequences: token ids, at least two per sequence.
         batch_tokens: padded tokens per forward pass.
+        tails: how many of each sequence's last tokens to score; None for all but the first.
 
     Yields:
-        (index of the sequence, fp32 nats of its tokens 1, 2, …), longest sequences first;
+        (index of the sequence, fp32 nats of its tokens 1, 2, … or of its tail), longest first;
         values that are not finite are left for the caller to judge.
     """
     if not sequences:
         return
     device = next(model.parameters()).device
     with torch.inference_mode():
-        split = _split_model(model, sequences[0][:_PROBE_TOKENS], device)
+        split = split_model(model, sequences[0][:_PROBE_TOKENS], device)
         if split is None:
             # Whole logits it must be; then a batch is as small as one chunk allows.
             batch_tokens = min(batch_tokens, max(1, _CHUNK_ELEMENTS // _vocab_size(model)))
+    counts = [len(s) - 1 for s in sequences] if tails is None else tails
     for group in _batches([len(s) for s in sequences], batch_tokens):
         with torch.inference_mode():
             ids_BT, mask_BT = _pad([sequences[i] for i in group], device)
-            nll_P = _batch_nll(model, split, ids_BT, mask_BT)
-        parts = nll_P.cpu().split([len(sequences[i]) - 1 for i in group])
+            predicted_BT = _tail_mask(mask_BT, [counts[i] for i in group])
+            nll_P = _batch_nll(model, split, ids_BT, mask_BT, predicted_BT)
+        parts = nll_P.cpu().split([counts[i] for i in group])
         yield from zip(group, parts, strict=True)
 
 
@@ -75,20 +81,32 @@ def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, T
     return ids_BT.to(device), mask_BT.to(device)
 
 
+def _tail_mask(mask_BT: Tensor, tails: Sequence[int]) -> Tensor:
+    """Which of the tokens 1, 2, … are scored: the last ones of each sequence, bool (B, T - 1)."""
+    place_BT = mask_BT.flip(1).cumsum(1).flip(1)
+    tails_B1 = torch.tensor(tails, device=mask_BT.device)[:, None]
+    return (mask_BT.bool() & (place_BT <= tails_B1))[:, 1:]
+
+
 def _batch_nll(
     model: Any,
     split: tuple[Any, Callable[[Tensor], Tensor]] | None,
     ids_BT: Tensor,
     mask_BT: Tensor,
+    predicted_BT: Tensor,
 ) -> Tensor:
-    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False}
-    predicted_BT = mask_BT[:, 1:].bool()
+    # The last token is only predicted: leaving it out lets a window of T tokens end with token T+1.
+    inputs = {
+        "input_ids": ids_BT[:, :-1],
+        "attention_mask": mask_BT[:, :-1],
+        "use_cache": False,
+    }
     targets_P = ids_BT[:, 1:][predicted_BT]
     if split is None:
-        logits_PV = model(**inputs).logits[:, :-1][predicted_BT]
+        logits_PV = model(**inputs).logits[predicted_BT]
         return functional.cross_entropy(logits_PV.float(), targets_P, reduction="none")
     body, head = split
-    hidden_PD = body(**inputs).last_hidden_state[:, :-1][predicted_BT]
+    hidden_PD = body(**inputs).last_hidden_state[predicted_BT]
     chunk = max(1, _CHUNK_ELEMENTS // _vocab_size(model))
     parts = zip(hidden_PD.split(chunk), targets_P.split(chunk), strict=True)
     return torch.cat(
@@ -96,7 +114,7 @@ def _batch_nll(
     )
 
 
-def _split_model(
+def split_model(
     model: Any, probe: Sequence[int], device: torch.device
 ) -> tuple[Any, Callable[[Tensor], Tensor]] | None:
     """(body, head) whose composition gives the model's own logits, or None if none is found."""

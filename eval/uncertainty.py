@@ -68,3 +68,19 @@ def mean_stderr(values: Sequence[float]) -> float | None:
         return None
     mean = math.fsum(values) / n
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+
+
+def pooled_stderr(errors: Sequence[float | None], sizes: Sequence[int]) -> float | None:
+    """Standard error of an average over groups weighted by size, from the pooled variance.
+
+    sqrt(Σ (n_i - 1)·n_i·e_i² / (Σ n_i - k) / Σ n_i) for k groups: lm-evaluation-harness's formula
+    for groups of tasks, which leaves out the spread between the groups' means.
+
+    Args:
+        errors: standard error of each group's mean; None where it has a single value.
+        sizes: values in each group.
+    """
+    if any(error is None for error in errors) or sum(sizes) <= len(sizes):
+        return None
+    spread = sum((n - 1) * n * (e or 0.0) ** 2 for e, n in zip(errors, sizes, strict=True))
+    return math.sqrt(spread / (sum(sizes) - len(sizes)) / sum(sizes))

@@ -22,15 +22,22 @@ _ENCODE_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Window:
-    """At most `context` consecutive tokens of one document; all but the first are predicted.
+    """Consecutive tokens of one document, all predicted but the first ones.
 
     Args:
         ids: token ids, at least two.
         document: index of the document in the list the windows were made from.
+        given: how many of the first tokens serve as context only, at least one.
     """
 
     ids: tuple[int, ...]
     document: int
+    given: int = 1
+
+    @property
+    def predicted(self) -> int:
+        """Number of predicted tokens."""
+        return len(self.ids) - self.given
 
 
 def document_windows(

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from fissile.families.sizes import fitting_group
 from fissile.io.units import UnitStore
 from fissile.models.modeling_fissile import FissileDecoderLayer
-from fissile.models.modules_fissile import FissileExperts, GatedMLP, Route, RoutedMLP
+from fissile.models.modules_fissile import FissileExperts, GatedMLP, RoutedMLP
+from fissile.models.routers_fissile import Route
 from fissile.models.stream import StreamedModel, batches
 from fissile.quant.hessian import HessianAccumulator, shrink
 from fissile.quant.nested import NestedWeight
@@ -83,7 +84,7 @@ def quantize_model(
     store = store or UnitStore()
     hidden_NSD = model.embed(ids_NS)
     slices = list(batches(ids_NS, batch_tokens))
-    routes = [model.routes(hidden_NSD[part]) for part in slices]
+    routes = [model.routes(ids_NS[part]) for part in slices]
     for i in range(model.num_layers):
         layer = model.layer(i)
         worker = _LayerWorker(
@@ -191,7 +192,8 @@ class _LayerWorker:
         for part, route in zip(self.slices, self.routes, strict=True):
             x_TD = self.layer.mlp_input(self.hidden_NSD[part]).flatten(0, 1)
             decided = mlp.decide(x_TD, route) if mlp.experts or mlp.pool else None
-            yield x_TD, None if decided is None else decided[0]
+            # An expert below the threshold fills a slot with weight zero: it sees no token.
+            yield x_TD, None if decided is None else decided[0].where(decided[1] != 0, -1)
 
     # -- groups of linears -----------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fissile.io.units import UnitStore
 from fissile.models.modeling_fissile import FissileDecoderLayer
+from fissile.models.routers_fissile import Route
 from fissile.models.stream import StreamedModel, batches
 from fissile.refactor.domains import MembershipPartition
 from fissile.refactor.layerwise import ranking_targets, ridge_selector
@@ -142,6 +143,7 @@ def measure_oracle(
     *,
     ridge: float,
     batch_tokens: int,
+    path: StreamedModel | None = None,
     store: UnitStore | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -153,46 +155,88 @@ def measure_oracle(
         partitions: experts of every layer.
         ridge: of the layer-wise routers, in units of the inputs' mean variance.
         batch_tokens: tokens per forward pass.
+        path: the model on whose activations all is measured; default the dense one. With the
+            converted model routers learn from what they will see (on-trajectory distillation).
         store: finished layers are kept here and not computed again.
         progress: called as (stage, done, total, detail).
 
     Returns:
         Norms of the experts' outputs (T, E) per layer, and per layer what `ridge_selector` gives.
     """
-    store = store or UnitStore()
-    hidden_NSD = model.embed(windows.ids_NS)
+    store, walked = store or UnitStore(), path or model
+    hidden_NSD, routes = walked.embed(windows.ids_NS), path_routes(walked, windows, batch_tokens)
     norms: list[Tensor] = []
     selectors: list[dict[str, Tensor]] = []
     for i, partition in enumerate(partitions):
-        layer = model.layer(i)
-        if store.has(unit := f"layer_{i:03d}"):
-            run_layer(model, layer, hidden_NSD, batch_tokens, _dense)
+        own, unit = model.layer(i), f"layer_{i:03d}"
+        walk = _Walk(own, [routes[start][i] for start in sorted(routes)], path is None)
+        if store.has(unit):
             selectors.append(store.load(unit)[0])
             norms.append(selectors[-1].pop("norms_TE"))
         else:
-            measure = _OracleVisit(layer, partition)
-            run_layer(model, layer, hidden_NSD, batch_tokens, measure)
-            norms.append(torch.cat(measure.rows))
-            selectors.append(ridge_selector(measure.moments, ridge))
+            walk.measure = OracleMeasure(down_weight(own), partition)
+        layer = own if path is None else path.layer(i)
+        run_layer(walked, layer, hidden_NSD, batch_tokens, walk)
+        if walk.measure is not None:
+            norms.append(walk.measure.norms_TE())
+            selectors.append(ridge_selector(walk.measure.moments, ridge))
             store.save(unit, {"norms_TE": norms[-1], **selectors[-1]})
         if progress is not None:
             progress("route", i + 1, model.num_layers, "oracle")
     return norms, selectors
 
 
-class _OracleVisit:
-    """Collects expert norms and the moments of the layer-wise router while a layer runs."""
+def path_routes(
+    model: StreamedModel, windows: Windows, batch_tokens: int
+) -> dict[int, list[Route | None]]:
+    """A pre-gating router's routes of every batch of windows, by the batch's first window."""
+    parts = batches(windows.ids_NS, batch_tokens)
+    return {part.start: model.routes(windows.ids_NS[part]) for part in parts}
+
+
+class _Walk:
+    """Visit of a layer: measures its dense FFN on whatever input it gets, batch after batch."""
 
     def __init__(
-        self, layer: FissileDecoderLayer, partition: Partition | MembershipPartition
+        self, own: FissileDecoderLayer, routes: Sequence[Route | None], dense: bool
     ) -> None:
-        down_DF = down_weight(layer)
-        self._norms = ExpertNorms(down_DF, partition)
-        self.moments = Moments(len(down_DF), partition.num_experts)
-        self.rows: list[Tensor] = []
+        self.own, self.dense = own, dense
+        self.measure: OracleMeasure | None = None
+        self._routes = iter(routes)
 
     def __call__(self, layer: FissileDecoderLayer, x_TD: Tensor, _part: slice) -> Tensor:
-        h_TF = neurons(layer, x_TD)
-        self.rows.append(self._norms(h_TF))
-        self.moments.add(x_TD, ranking_targets(self.rows[-1]))
-        return torch.nn.functional.linear(h_TF, down_weight(layer))
+        route = next(self._routes)
+        if not self.dense and self.measure is None:
+            return layer.mlp(x_TD, route)
+        h_TF = neurons(self.own, x_TD)
+        if self.measure is not None:
+            self.measure.add(x_TD, h_TF)
+        if self.dense:
+            return torch.nn.functional.linear(h_TF, down_weight(self.own))
+        return layer.mlp(x_TD, route)
+
+
+class OracleMeasure:
+    """Collects the expert norms and the moments of the layer-wise router of one layer.
+
+    Args:
+        down_DF: weight of the down projection (D, F).
+        partition: experts of the layer.
+
+    Attributes:
+        moments: of pairs (MLP input, ranking targets), for `ridge_selector`.
+    """
+
+    def __init__(self, down_DF: Tensor, partition: Partition | MembershipPartition) -> None:
+        self._norms = ExpertNorms(down_DF, partition)
+        self.moments = Moments(len(down_DF), partition.num_experts)
+        self._rows: list[Tensor] = []
+
+    def add(self, x_TD: Tensor, h_TF: Tensor) -> None:
+        """Add tokens: inputs of the MLP (T, D) and neuron activations (T, F)."""
+        self._rows.append(self._norms(h_TF))
+        self.moments.add(x_TD, ranking_targets(self._rows[-1]))
+
+    def norms_TE(self) -> Tensor:
+        """Norms of the experts' outputs for all tokens so far, (T, E)."""
+        return torch.cat(self._rows)

@@ -1,64 +1,77 @@
-"""Making up in always-computed weights for what a token does not compute.
+"""Making up in weights that are there anyway for what a token does not compute.
 
-Shapes: T tokens, D model width, F FFN width, S shared neurons.
+Shapes: T tokens, D model width, F FFN width, I regressors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fissile.refactor.moments import Moments
 
+RIDGES = (1e-3, 1e-2, 1e-1)
+"""Penalties that are tried, in units of the mean variance of a block of regressors."""
+
+Kind = Literal["none", "constant", "full"]
+
 
 @dataclass(frozen=True, eq=False)
-class Refit:
-    """A correction of the shared down projection and what it does on held-out tokens.
+class Correction:
+    """Something that may be added to a layer's output: W x + b.
 
     Args:
-        kind: "full" correction, "constant" only, or "none" when neither lowers the held-out error.
-        delta_DS: added to the shared down projection, float64; zero unless `kind` is "full".
-        bias_D: added to the layer's output, float64; zero where `kind` is "none".
-        error_before: held-out mean over tokens of ||r||^2, r being dense minus converted output.
-        error_after: the same of what the correction leaves.
+        kind: "none", "constant" (a bias alone) or "full".
+        weight_DI: W, float64; None unless "full".
+        bias_D: b, float64; zero where no constant may be used.
+        ridge: penalty of a "full" correction.
     """
 
-    kind: Literal["full", "constant", "none"]
-    delta_DS: Tensor
+    kind: Kind
+    weight_DI: Tensor | None
     bias_D: Tensor
-    error_before: float
-    error_after: float
+    ridge: float | None = None
+
+    def left(self, x_TI: Tensor, r_TD: Tensor) -> float:
+        """Sum over tokens of ||r - W x - b||^2: what the correction leaves of a residual."""
+        rest = r_TD.double() - self.bias_D
+        if self.weight_DI is not None:
+            rest -= (x_TI @ self.weight_DI.T.to(x_TI.dtype)).double()
+        return float(rest.square().sum())
 
 
-def refit_shared(train: Moments, held: Moments, *, ridge: float, constant: bool = True) -> Refit:
-    """Least-squares re-fit of the shared down projection, decided on held-out tokens.
+def corrections(
+    moments: Moments,
+    *,
+    constant: bool = True,
+    blocks: Sequence[int] | None = None,
+    ridges: Sequence[float] = RIDGES,
+) -> list[Correction]:
+    """Candidates between which held-out tokens decide, the do-nothing one first.
 
-    delta = E[r h^T] (E[h h^T] + lambda I)^-1, centred where a constant is fitted.
+    A full correction is W = E[r x^T] (E[x x^T] + lambda I)^-1, centred where a constant is fitted.
 
     Args:
-        train: sums over pairs of shared activations (T, S) and residuals dense - converted (T, D).
-        held: the same over other tokens; the correction with the lowest error here is returned.
-        ridge: lambda in units of the mean diagonal.
+        moments: sums over pairs of regressors x (T, I) and residuals r = dense - converted (T, D).
         constant: whether the layer may have a bias; stock architectures have none.
+        blocks: sizes of groups of regressors of one scale; each has its own lambda.
+        ridges: lambdas to try, in units of the mean variance of a block.
 
     Raises:
-        ValueError: one of the two saw no tokens, or `ridge` is not positive.
+        ValueError: no tokens were added, or a ridge is not positive.
     """
-    delta_DS, bias_D = train.solve(ridge, constant=constant)
-    zero_DS = delta_DS.new_zeros(delta_DS.shape)
-    before = held.error()
-    options = [
-        (before, Refit("none", zero_DS, bias_D.new_zeros(bias_D.shape), before, before)),
-    ]
+    zero_D = torch.zeros_like(moments.sum_O)
+    found = [Correction("none", None, zero_D)]
     if constant:
-        mean_D = train.shift_O + train.sum_O / train.count
-        after = held.error(None, mean_D)
-        options.append((after, Refit("constant", zero_DS, mean_D, before, after)))
-    after = held.error(delta_DS, bias_D)
-    options.append((after, Refit("full", delta_DS, bias_D, before, after)))
-    return min(options, key=lambda option: option[0])[1]
+        found.append(Correction("constant", None, moments.mean_O()))
+    for ridge in ridges:
+        weight_DI, bias_D = moments.solve(ridge, constant=constant, blocks=blocks)
+        found.append(Correction("full", weight_DI, bias_D, ridge))
+    return found
 
 
 def mean_restore(mean_F: Tensor, down_DF: Tensor, dropped: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fissile.models.modeling_fissile import FissileDecoderLayer
-from fissile.models.modules_fissile import FissileExperts, Route, RoutedMLP
+from fissile.models.modules_fissile import FissileExperts, RoutedMLP
+from fissile.models.routers_fissile import Route, choose
 
 
 def oracle_norms(experts: FissileExperts, x_TD: Tensor) -> Tensor:
@@ -24,14 +25,20 @@ def oracle_norms(experts: FissileExperts, x_TD: Tensor) -> Tensor:
     return torch.stack(norms, dim=-1)
 
 
-def oracle_choice(mlp: RoutedMLP) -> Callable[[Tensor], Route]:
-    """Route to the experts with the largest output norm."""
+def oracle_choice(mlp: RoutedMLP, threshold: float | None = None) -> Callable[[Tensor], Route]:
+    """Route to the experts with the largest output norm.
+
+    Args:
+        mlp: whose experts are meant.
+        threshold: of the norms; where given, a token takes the experts above it (at most as many as
+            the model's slots) instead of `top_k`. See `balance.calibrate_threshold`.
+    """
 
     @torch.no_grad()
     def route(x_TD: Tensor) -> Route:
         assert isinstance(mlp.experts, FissileExperts)
-        index_TK = oracle_norms(mlp.experts, x_TD).topk(mlp.top_k, dim=-1).indices
-        return index_TK, torch.ones_like(index_TK, dtype=x_TD.dtype)
+        slots = mlp.top_k if threshold is None else mlp.slots
+        return choose(oracle_norms(mlp.experts, x_TD), slots, False, threshold=threshold)
 
     return route
 
@@ -52,20 +59,23 @@ def random_choice(mlp: RoutedMLP, seed: int) -> Callable[[Tensor], Route]:
     return route
 
 
-def install_control(layer: FissileDecoderLayer, kind: str, seed: int) -> None:
+def install_control(
+    layer: FissileDecoderLayer, kind: str, seed: int, threshold: float | None = None
+) -> None:
     """Make a layer route by a control instead of its router.
 
     Args:
         layer: a layer with disjoint experts.
         kind: "random" or "oracle".
         seed: of the random choice; give every layer its own.
+        threshold: see `oracle_choice`.
 
     Raises:
         ValueError: another kind.
     """
     mlp = layer.mlp
     if kind == "oracle":
-        mlp.override = oracle_choice(mlp)
+        mlp.override = oracle_choice(mlp, threshold)
     elif kind == "random":
         mlp.override = random_choice(mlp, seed)
     else:

@@ -52,10 +52,7 @@ def routing_of(
             if isinstance(p, MembershipPartition)
         ]
     if kind == "pregate":
-        routing["router"] = {
-            "attention_dim": settings.attention_dim,
-            "inner_dim": settings.inner_dim,
-        }
+        routing["router"] = settings.router_sizes()
     return routing
 
 
@@ -76,7 +73,7 @@ class ConvertedSource:
         router: tensors of the pre-gating router, named relative to `model.router.`.
         selectors: per layer, the layer-wise router: "selector.weight" (E, D), "selector.bias" (E,).
         biases: per layer, bias of the shared down projection (D,), before any re-fit.
-        refits: per layer, the re-fitted shared down projection.
+        refits: per layer, the re-fitted projections.
     """
 
     def __init__(
@@ -95,6 +92,19 @@ class ConvertedSource:
         self.router, self.selectors = router, selectors
         self.biases, self.refits = biases, refits
 
+    def refitted(self, refits: Sequence[RefitLayer]) -> ConvertedSource:
+        """The same model with re-fitted projections, and constants per expert if they have some."""
+        restore = {"restore": True} if "restore" in refits[0].tensors else {}
+        return ConvertedSource(
+            self.dense,
+            self.partitions,
+            self.routing | restore,
+            router=self.router,
+            selectors=self.selectors,
+            biases=self.biases,
+            refits=refits,
+        )
+
     def layer_state(self, layer_idx: int) -> dict[str, Tensor]:
         """Tensors of one layer, named relative to it."""
         state = self.dense.layer_state(layer_idx)
@@ -112,8 +122,7 @@ class ConvertedSource:
                 torch.zeros(width) if self.biases is None else self.biases[layer_idx].float()
             )
         if self.refits is not None:
-            mlp["shared.down_proj.weight"] = self.refits[layer_idx].weight_DF
-            mlp["shared.down_proj.bias"] = self.refits[layer_idx].bias_D
+            mlp |= self.refits[layer_idx].tensors
         if self.selectors is not None:
             mlp |= self.selectors[layer_idx]
         return state | {f"mlp.{name}": tensor for name, tensor in mlp.items()}

@@ -5,11 +5,41 @@ Shapes: T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 _ROWS = 4096
 """Tokens per matrix product: float32 rounding inside one product stays far below sampling noise."""
+_BLOCK = 512
+"""Columns per block of a symmetric product."""
+_CACHED = 128
+"""Tokens per float64 copy: few enough that it stays in the processor's cache."""
+
+
+def gram(x_TI: Tensor) -> Tensor:
+    """x^T x, (I, I), in the dtype of x."""
+    width = x_TI.shape[1]
+    gram_II = x_TI.new_empty(width, width)
+    # Blocks on and above the diagonal only: nearly half the work.
+    for begin in range(0, width, _BLOCK):
+        block = x_TI[:, begin : begin + _BLOCK].T @ x_TI[:, begin:]
+        gram_II[begin : begin + _BLOCK, begin:] = block
+        gram_II[begin:, begin : begin + _BLOCK] = block.T
+    return gram_II
+
+
+def _shifted(x_TI: Tensor, shift_I: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x - shift in `dtype`, and its sums over tokens in float64."""
+    low_TI = torch.empty(x_TI.shape, dtype=dtype, device=x_TI.device)
+    sum_I = torch.zeros_like(shift_I)
+    for begin in range(0, len(x_TI), _CACHED):
+        rows = slice(begin, begin + _CACHED)
+        x64 = x_TI[rows].double() - shift_I
+        sum_I += x64.sum(0)
+        low_TI[rows] = x64
+    return low_TI, sum_I
 
 
 class Moments:
@@ -57,14 +87,14 @@ class Moments:
             self.shift_I, self.shift_O = x_TI.double().mean(0), y_TO.double().mean(0)
         dtype = torch.promote_types(torch.promote_types(x_TI.dtype, y_TO.dtype), torch.float32)
         for x, y in zip(x_TI.split(_ROWS), y_TO.split(_ROWS), strict=True):
-            x64, y64 = x.double() - self.shift_I, y.double() - self.shift_O
-            if not (torch.isfinite(x64.sum()) and torch.isfinite(y64.sum())):
+            x_low, sum_I = _shifted(x, self.shift_I, dtype)
+            y_low, sum_O = _shifted(y, self.shift_O, dtype)
+            if not (torch.isfinite(sum_I).all() and torch.isfinite(sum_O).all()):
                 raise ValueError("activations hold NaN or infinite values")
-            self.sum_I += x64.sum(0)
-            self.sum_O += y64.sum(0)
-            self.yy += y64.square().sum()
-            x_low, y_low = x64.to(dtype), y64.to(dtype)
-            self.xx_II += (x_low.T @ x_low).double()
+            self.sum_I += sum_I
+            self.sum_O += sum_O
+            self.yy += y_low.double().square().sum()
+            self.xx_II += gram(x_low)
             self.yx_OI += (y_low.T @ x_low).double()
         self.count += len(x_TI)
 
@@ -94,12 +124,20 @@ class Moments:
                 setattr(self, name, value.clone())
         return self
 
-    def solve(self, ridge: float, *, constant: bool = True) -> tuple[Tensor, Tensor]:
+    def mean_O(self) -> Tensor:
+        """E[y], (O,) float64."""
+        return self.shift_O + self.sum_O / self.count
+
+    def solve(
+        self, ridge: float, *, constant: bool = True, blocks: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Least squares y ~ W x + b with penalty lambda ||W||^2; the constant is not penalised.
 
         Args:
             ridge: lambda in units of the mean diagonal of the (centred) input moments, above 0.
             constant: False fits y ~ W x through the origin and returns b = 0.
+            blocks: sizes of groups of inputs, I in all, whose lambda is relative to their own mean
+                diagonal: inputs of different scale then shrink alike.
 
         Returns:
             W (O, I) and b (O), float64.
@@ -110,11 +148,17 @@ class Moments:
         if ridge <= 0:
             raise ValueError(f"ridge {ridge} must be positive")
         xx_II, yx_OI, mean_I, mean_O, _ = self._central(constant)
-        scale = xx_II.diagonal().mean()
-        if scale <= 0:
+        scale_I = torch.cat(
+            [
+                part.mean().expand_as(part)
+                for part in xx_II.diagonal().split(list(blocks or [len(xx_II)]))
+            ]
+        )
+        if scale_I.max() <= 0:
             return torch.zeros_like(yx_OI), mean_O
-        eye = torch.eye(len(xx_II), dtype=xx_II.dtype, device=xx_II.device)
-        factor = torch.linalg.cholesky(xx_II + ridge * scale * eye)
+        # Inputs that never vary, a block of them even, get no weight instead of a singular system.
+        scale_I = torch.where(scale_I > 0, scale_I, scale_I.max())
+        factor = torch.linalg.cholesky(xx_II + ridge * torch.diag(scale_I))
         weight_OI = torch.cholesky_solve(yx_OI.T, factor).T.contiguous()
         return weight_OI, mean_O - weight_OI @ mean_I
 

@@ -8,11 +8,16 @@ K chosen per token, N domains.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+_ROWS = 256
+"""Tokens at a time: few enough that their activations stay in the processor's cache."""
 
 
 class HasExperts(Protocol):
@@ -26,8 +31,9 @@ class HasExperts(Protocol):
 class ExpertNorms:
     """Output norms of the experts of one layer; the factors are computed once.
 
-    An expert of fewer neurons than the model is wide is first reduced by QR: ||W h|| = ||R h|| with
-    an M x M factor. Unlike a Gram matrix, that keeps the precision of small norms.
+    An expert of no more neurons than the model is wide is first reduced by QR: ||W h|| = ||R h||
+    with an upper triangular M x M factor. Unlike a Gram matrix, that keeps the precision of small
+    norms.
 
     Args:
         down_DF: weight of the down projection (D, F).
@@ -44,7 +50,7 @@ class ExpertNorms:
         self.factors = []
         for index_M in self.index:
             down_DM = down_DF[:, index_M].to(dtype)
-            small = down_DM.shape[1] < down_DM.shape[0]
+            small = down_DM.shape[1] <= down_DM.shape[0]
             self.factors.append(torch.linalg.qr(down_DM, mode="r").R if small else down_DM)
 
     def __call__(self, h_TF: Tensor) -> Tensor:
@@ -56,13 +62,30 @@ class ExpertNorms:
         Returns:
             (T, E), at least float32.
         """
-        norms_TE = h_TF.new_empty(len(h_TF), len(self.index), dtype=self.factors[0].dtype)
-        for e, (index_M, factor) in enumerate(zip(self.index, self.factors, strict=True)):
-            h_TM = h_TF[:, index_M].to(factor.dtype)
-            if self.mean_F is not None:
-                h_TM = h_TM - self.mean_F[index_M]
-            norms_TE[:, e] = (h_TM @ factor.T).square().sum(1).sqrt()
+        dtype = self.factors[0].dtype
+        norms_TE = h_TF.new_empty(len(h_TF), len(self.index), dtype=dtype)
+        for begin in range(0, len(h_TF), _ROWS):
+            rows = slice(begin, begin + _ROWS)
+            h_RF = h_TF[rows].to(dtype)
+            for e, (index_M, factor) in enumerate(zip(self.index, self.factors, strict=True)):
+                h_RM = h_RF.index_select(1, index_M)
+                if self.mean_F is not None:
+                    h_RM -= self.mean_F[index_M]
+                norms_TE[rows, e] = _norms(h_RM, factor)
         return norms_TE
+
+
+def _norms(h_RM: Tensor, factor: Tensor) -> Tensor:
+    """||factor h|| of every row, (R,); a square factor is upper triangular."""
+    width = h_RM.shape[1]
+    if len(factor) != width:
+        return torch.linalg.vector_norm(h_RM @ factor.T, dim=1)
+    parts = []
+    step = max(64, -(-width // 4))  # four blocks of rows skip most of the zeros
+    for begin in range(0, width, step):
+        block = factor[begin : begin + step, begin:]
+        parts.append(torch.linalg.vector_norm(h_RM[:, begin:] @ block.T, dim=1))
+    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
 
 
 def expert_norms(
@@ -84,9 +107,9 @@ def top_experts(scores_TE: Tensor, k: int) -> Tensor:
 
 
 def chosen_mask(index_TK: Tensor, num_experts: int) -> Tensor:
-    """bool (T, E): whether an expert is among a token's choices."""
-    mask = torch.zeros(len(index_TK), num_experts, dtype=torch.bool, device=index_TK.device)
-    return mask.scatter_(1, index_TK, True)
+    """bool (T, E): whether an expert is among a token's choices; -1 is none."""
+    mask = torch.zeros(len(index_TK), num_experts + 1, dtype=torch.bool, device=index_TK.device)
+    return mask.scatter_(1, torch.where(index_TK < 0, num_experts, index_TK), True)[:, :-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +173,43 @@ def routing_report(
         switch_rate=switch_rate(chosen_TE, sequence_T),
         domain_NE=(member_NT @ chosen_TE.double()) / member_NT.sum(1, keepdim=True),
     )
+
+
+def router_quality(
+    choices: Sequence[Tensor], norms_LTE: Tensor, sequence_T: Tensor
+) -> dict[str, list[float]]:
+    """`routing_report` of every layer in lists, as JSON.
+
+    Args:
+        choices: int64 (T, K) per layer, or a single entry for one decision that serves all.
+        norms_LTE: the experts' output norms, L layers.
+        sequence_T: int64 (T,), which sequence a token belongs to.
+
+    Returns:
+        "recall_at_k", "exact", "mass", "switch_rate", "entropy" (over its maximum) and
+        "imbalance" (largest load over the mean), each with L values.
+
+    Raises:
+        ValueError: neither one entry nor one a layer, or shapes that do not fit.
+    """
+    layers, _, experts = norms_LTE.shape
+    if len(choices) not in (1, layers):
+        raise ValueError(f"{len(choices)} decisions for {layers} layers")
+    domain_T = torch.zeros_like(sequence_T)
+    found = [
+        routing_report(
+            choices[i % len(choices)], norms, domain_T=domain_T, domains=1, sequence_T=sequence_T
+        )
+        for i, norms in enumerate(norms_LTE)
+    ]
+    return {
+        "recall_at_k": [r.recall for r in found],
+        "exact": [r.exact for r in found],
+        "mass": [r.mass for r in found],
+        "switch_rate": [r.switch_rate for r in found],
+        "entropy": [r.entropy / math.log(max(2, experts)) for r in found],
+        "imbalance": [r.imbalance for r in found],
+    }
 
 
 def switch_rate(chosen_TE: Tensor, sequence_T: Tensor) -> float:

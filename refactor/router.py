@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fissile.config import Route as RouteSettings
 from fissile.models.build import prepare_parts
 from fissile.models.configuration_fissile import FissileConfig
-from fissile.models.modules_fissile import PreGateRouter
+from fissile.models.modeling_fissile import build_context
+from fissile.models.routers_fissile import Router, build_router
 from fissile.models.stream import StreamedModel, batches
 from fissile.refactor.training import Progress, TrainSettings, step_generator, train
 
@@ -35,22 +36,43 @@ class DistilledRouter:
     curve: list[float]
 
 
-def oracle_targets(norms_LTE: Tensor, per_layer: bool) -> Tensor:
+def oracle_targets(norms_LTE: Tensor, per_layer: bool, weights_L: Tensor | None = None) -> Tensor:
     """Standardise the oracle's norms so that layers can be compared and averaged.
 
     Only differences between experts matter to a ranking, so each token's mean is removed; dividing
-    by the layer's deviation gives every layer the same say.
+    by the layer's deviation gives every layer the same say, unless weights say otherwise.
 
     Args:
         norms_LTE: output norms, float (L, T, E), experts aligned across layers.
         per_layer: keep one target per layer instead of their mean.
+        weights_L: what a unit of squared output error costs the model in each layer, float (L,); a
+            layer's say is then what its choices can cost, see `choice_costs`.
 
     Returns:
-        (H, T, E) float32.
+        (H, T, E) float32; the common target has the deviation of a plain mean.
     """
     z = norms_LTE.float() - norms_LTE.float().mean(-1, keepdim=True)
     z = z / z.pow(2).mean((1, 2), keepdim=True).sqrt().clamp_min(1e-12)
-    return z if per_layer else z.mean(0, keepdim=True)
+    if per_layer:
+        return z
+    plain = z.mean(0, keepdim=True)
+    if weights_L is None:
+        return plain
+    say_L = choice_costs(norms_LTE, weights_L).to(z.dtype)
+    common = (say_L[:, None, None] * z).mean(0, keepdim=True)
+    return common * (plain.pow(2).mean() / common.pow(2).mean().clamp_min(1e-24)).sqrt()
+
+
+def choice_costs(norms_LTE: Tensor, weights_L: Tensor) -> Tensor:
+    """What the choice among experts is worth in each layer, (L,) float32 with mean one.
+
+    Args:
+        norms_LTE: output norms (L, T, E).
+        weights_L: nats per unit of squared output error, (L,).
+    """
+    spread_L = norms_LTE.float().var(-1, correction=0).mean(1)
+    cost_L = spread_L * weights_L.to(spread_L)
+    return cost_L / cost_L.mean().clamp_min(1e-30)
 
 
 def distill_router(
@@ -61,6 +83,7 @@ def distill_router(
     settings: RouteSettings,
     *,
     seed: int,
+    weights_H: Tensor | None = None,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> DistilledRouter:
@@ -76,10 +99,12 @@ def distill_router(
         targets_HTE: from `oracle_targets`, tokens in window order.
         settings: steps, batch, learning rate, temperature, balance.
         seed: of the initial weights and of the order of windows.
+        weights_H: say of every head in the loss, mean one; default all alike.
         checkpoint: resumable state, see `training.train`.
         progress: called as (stage, done, total, detail).
     """
     windows, tokens = ids_NS.shape
+    say_H = torch.ones(len(targets_HTE)) if weights_H is None else weights_H
     targets_NSHE = targets_HTE.transpose(0, 1).unflatten(0, (windows, tokens))
     router = new_router(config, seed)
     embeds_NSD = model.embed(ids_NS)
@@ -87,12 +112,12 @@ def distill_router(
 
     def loss_of(step: int) -> Tensor:
         pick = torch.randperm(windows, generator=step_generator(seed, step))[:size]
-        context = model.context(embeds_NSD[pick])["full_attention"]
-        logits_HTE = router(embeds_NSD[pick], **context)
+        logits_HTE = run_router(router, model, config, ids_NS[pick], embeds_NSD[pick])
         log_q = torch.log_softmax(logits_HTE.float(), dim=-1)
         target = targets_NSHE[pick].flatten(0, 1).transpose(0, 1) / settings.temperature
         p = torch.softmax(target, dim=-1)
-        loss = nn.functional.kl_div(log_q, p, reduction="none").sum(-1).mean()
+        each_HT = nn.functional.kl_div(log_q, p, reduction="none").sum(-1)
+        loss = (each_HT.mean(1) * say_H).mean()
         if settings.balance:
             load_HE = log_q.exp().mean(1)
             uniform = torch.full_like(load_HE, 1.0 / load_HE.shape[-1])
@@ -109,15 +134,29 @@ def distill_router(
         progress=progress,
         stage="route",
     )
-    return DistilledRouter({k: v.detach() for k, v in router.state_dict().items()}, curve)
+    return DistilledRouter({k: v.detach() for k, v in router.state_dict().items()}, curve.losses)
 
 
-def new_router(config: FissileConfig, seed: int) -> PreGateRouter:
+def new_router(config: FissileConfig, seed: int) -> Router:
     """An untrained router whose weights depend on the seed alone."""
     prepare_parts(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return PreGateRouter(config, config.num_base_layers)
+        router = build_router(config)
+    assert router is not None
+    return router
+
+
+def run_router(
+    router: Router, model: StreamedModel, config: FissileConfig, ids_BS: Tensor, embeds_BSD: Tensor
+) -> Tensor:
+    """Logits (H, T, E) of windows without padding.
+
+    The converted model's config knows the router's full attention, which a dense model with sliding
+    windows alone does not have.
+    """
+    context = build_context(config, model.rotary, embeds_BSD)
+    return router(embeds_BSD, ids_BS, **context.get("full_attention", {}))
 
 
 @torch.no_grad()
@@ -133,6 +172,5 @@ def router_logits(
     router.load_state_dict(state)
     rows = []
     for part in batches(ids_NS, batch_tokens):
-        embeds = model.embed(ids_NS[part])
-        rows.append(router(embeds, **model.context(embeds)["full_attention"]))
+        rows.append(run_router(router, model, config, ids_NS[part], model.embed(ids_NS[part])))
     return torch.cat(rows, dim=1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fissile.models.modeling_fissile import FissileDecoderLayer
 from fissile.models.stream import StreamedModel
-from fissile.refactor.calibrate import Windows, down_weight, neurons, run_layer
+from fissile.refactor.calibrate import Windows, down_weight, neurons, path_routes, run_layer
 from fissile.refactor.partition import Partition
 from fissile.refactor.refine import LayerSample, Refined, refine_partitions
 from fissile.refactor.training import Progress
@@ -32,25 +32,34 @@ def pick_windows(windows: Windows, tokens: int) -> Windows:
         windows: calibration text.
         tokens: wanted number of tokens.
     """
+    pick = window_places(windows, tokens)
+    return Windows(windows.ids_NS[pick], windows.domain_N[pick], windows.domains)
+
+
+def window_places(windows: Windows, tokens: int) -> Tensor:
+    """Which windows `pick_windows` takes, int64."""
     count, length = windows.ids_NS.shape
     size = min(count, max(1, tokens // length))
-    pick = torch.arange(size) * count // size
-    return Windows(windows.ids_NS[pick], windows.domain_N[pick], windows.domains)
+    return torch.arange(size) * count // size
 
 
 @torch.no_grad()
 def ffn_inputs(model: StreamedModel, windows: Windows, batch_tokens: int) -> list[Tensor]:
-    """Inputs of every layer's FFN (T, D), bfloat16 to save memory."""
-    hidden_NSD = model.embed(windows.ids_NS)
+    """Inputs of every layer's FFN (T, D) on a dense or routed model's own path, bfloat16."""
+    hidden_NSD, routes = model.embed(windows.ids_NS), path_routes(model, windows, batch_tokens)
     inputs = []
     for i in range(model.num_layers):
         rows: list[Tensor] = []
 
         def visit(
-            layer: FissileDecoderLayer, x_TD: Tensor, part: slice, rows: list[Tensor] = rows
+            layer: FissileDecoderLayer,
+            x_TD: Tensor,
+            part: slice,
+            rows: list[Tensor] = rows,
+            index: int = i,
         ) -> Tensor:
             rows.append(x_TD.to(torch.bfloat16))
-            return torch.nn.functional.linear(neurons(layer, x_TD), down_weight(layer))
+            return layer.mlp(x_TD, routes[part.start][index])
 
         run_layer(model, model.layer(i), hidden_NSD, batch_tokens, visit)
         inputs.append(torch.cat(rows))

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Score = Literal["fluctuation", "energy", "contribution", "magnitude", "rate"]
-_ROWS = 1024
-"""Tokens per float64 copy of the activations."""
+_ROWS = 64
+"""Tokens per float64 copy of the activations: few enough that it stays in the processor's cache."""
+_SKETCH_ROWS = 2048
+"""Tokens per float32 product of the sketches: rounding inside one stays far below their noise."""
 
 
 def column_norms(down_DF: Tensor) -> Tensor:
@@ -54,9 +56,34 @@ def token_signs(index_T: Tensor, width: int, seed: int) -> Tensor:
         key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     key = (key ^ (key >> np.uint64(31))) >> np.uint64(32)
-    bits = (key[:, :, None] >> np.arange(32, dtype=np.uint64)) & np.uint64(1)
-    signs = bits.reshape(len(index_T), words * 32)[:, :width].astype(np.float32) * 2 - 1
-    return torch.from_numpy(signs).to(index_T.device)
+    octets = key.astype("<u4").view(np.uint8).reshape(len(index_T), words * 4)
+    bits = np.unpackbits(octets, axis=1, bitorder="little")[:, :width]
+    return torch.from_numpy(bits.astype(np.float32) * 2 - 1).to(index_T.device)
+
+
+def count_largest(size_TF: Tensor, count: int) -> Tensor:
+    """How often each column is among the `count` largest of its row.
+
+    Args:
+        size_TF: values (T, F).
+        count: columns per row, 1..F.
+
+    Returns:
+        (F,) float32, sums to T * count: of equal values, only as many are counted as there is room
+        for.
+    """
+    if size_TF.device.type == "cpu":
+        # Quickselect in numpy is many times faster than top-k in torch.
+        place = size_TF.shape[1] - count
+        least_T = torch.from_numpy(np.partition(size_TF.numpy(), place, axis=1)[:, place].copy())
+    else:
+        least_T = torch.topk(size_TF, count, dim=1).values[:, -1]
+    among_TF = (size_TF >= least_T[:, None]).to(torch.float32)
+    found_F = among_TF.sum(0)
+    if round(float(found_F.double().sum())) == count * len(size_TF):
+        return found_F
+    index_TK = torch.topk(size_TF, count, dim=1).indices
+    return torch.bincount(index_TK.flatten(), minlength=size_TF.shape[1]).to(torch.float32)
 
 
 class NeuronStatistics:
@@ -124,26 +151,48 @@ class NeuronStatistics:
         domains = len(self.tokens_N)
         if len(domain_T) and not 0 <= int(domain_T.min()) <= int(domain_T.max()) < domains:
             raise ValueError(f"domain labels must be in 0..{domains - 1}")
-        chunks = zip(h_TF.split(_ROWS), domain_T.split(_ROWS), index_T.split(_ROWS), strict=True)
-        for h, domain, index in chunks:
-            self._add_rows(h.double(), domain, index)
+        for part in range(0, len(h_TF), _SKETCH_ROWS):
+            rows = slice(part, part + _SKETCH_ROWS)
+            self._add_rows(h_TF[rows], domain_T[rows], index_T[rows])
 
     def _add_rows(self, h_TF: Tensor, domain_T: Tensor, index_T: Tensor) -> None:
-        size_TF = h_TF.abs()
-        if not torch.isfinite(size_TF.sum()):
+        size_TF = torch.empty(h_TF.shape, dtype=torch.float32, device=h_TF.device)
+        sums_3NF, active_F = self._sums(h_TF, domain_T, size_TF)
+        if not torch.isfinite(sums_3NF).all():
             raise ValueError("activations hold NaN or infinite values")
         self.tokens_N.index_add_(0, domain_T, torch.ones_like(domain_T))
-        # A product with the labels' indicator is several times faster than index_add_ on rows.
-        member_NT = torch.nn.functional.one_hot(domain_T, len(self.tokens_N)).T.double()
-        self.sum_NF += member_NT @ h_TF
-        self.abs_NF += member_NT @ size_TF
-        self.square_NF += member_NT @ h_TF.square()
-        active_TK = torch.topk(size_TF * self.down_norm_F, self.top, dim=1).indices
-        self.active_F += torch.bincount(active_TK.flatten(), minlength=h_TF.shape[1])
+        for total, part in zip((self.sum_NF, self.abs_NF, self.square_NF), sums_3NF, strict=True):
+            total += part
+        self.active_F += active_F
         signs_TQ = token_signs(index_T, len(self.signs_Q), self.seed)
-        self.signed_FQ += (h_TF.float().T @ signs_TQ).double()
-        self.magnitude_FQ += (size_TF.float().T @ signs_TQ).double()
+        self.signed_FQ += (h_TF.to(torch.float32).T @ signs_TQ).double()
+        self.magnitude_FQ += (size_TF.T @ signs_TQ).double()
         self.signs_Q += signs_TQ.double().sum(0)
+
+    def _sums(self, h_TF: Tensor, domain_T: Tensor, size_TF: Tensor) -> tuple[Tensor, Tensor]:
+        """Float64 sums by domain of h, |h| and h^2, (3, N, F), and activity (F,) of some tokens.
+
+        Args:
+            h_TF: activations.
+            domain_T: label of each token.
+            size_TF: |h| is written here, float32.
+        """
+        domains, device = len(self.tokens_N), h_TF.device
+        sums_3NF = torch.zeros(3, domains, h_TF.shape[1], dtype=torch.float64, device=device)
+        active_F = torch.zeros_like(self.active_F)
+        norm_F = self.down_norm_F.to(torch.float32)
+        copy_RF = torch.empty(_ROWS, h_TF.shape[1], dtype=torch.float64, device=device)
+        for begin in range(0, len(h_TF), _ROWS):
+            rows = slice(begin, begin + _ROWS)
+            h64_RF = copy_RF[: len(h_TF[rows])].copy_(h_TF[rows])
+            # A product with the labels' indicator is several times faster than index_add_ on rows.
+            member_NR = torch.nn.functional.one_hot(domain_T[rows], domains).T.double()
+            sums_3NF[0] += member_NR @ h64_RF
+            size_TF[rows] = h64_RF.abs_()
+            sums_3NF[1] += member_NR @ h64_RF
+            sums_3NF[2] += member_NR @ h64_RF.square_()
+            active_F += count_largest(size_TF[rows] * norm_F, self.top).to(torch.int64)
+        return sums_3NF, active_F
 
     def merge(self, other: NeuronStatistics) -> None:
         """Add the tokens of `other`, gathered on the same layer with the same seed and widths.

@@ -1,13 +1,16 @@
 """One optimisation loop for everything that is trained: resumable, stateless in its data order.
 
 What step t sees depends only on (seed, t), never on how often the run was interrupted, so a resumed
-run ends in the same bytes as an undisturbed one.
+run ends in the same bytes as an undisturbed one. A budget of seconds is the exception: how many
+steps it holds depends on the machine.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +22,75 @@ from torch import Tensor, nn
 from fissile.errors import CorruptCheckpoint, QualityGate
 from fissile.io.publish import atomic_write_bytes
 from fissile.refactor.schedules import Schedule, learning_rate
+from fissile.refactor.workers import Workers
 
 Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a set of parameters is trained.
+    """How a set of parameters is trained. Exactly one of `steps` and `seconds` is the budget.
 
     Attributes:
         steps: optimiser steps.
         learning_rate: peak of the schedule.
+        seconds: time of training, over all resumed parts of the run.
         schedule: see `schedules.decay`.
-        warmup: steps of linear warm-up, fewer where the run is shorter.
+        warmup: share of the budget in which the rate rises.
+        phi: see `schedules.decay`.
+        table: see `schedules.refined_table`; of the refined schedule.
+        accumulate: losses whose mean makes one step.
         weight_decay: of AdamW, on matrices only.
         clip: bound on the global gradient norm.
     """
 
-    steps: int
+    steps: int | None
     learning_rate: float
+    seconds: float | None = None
     schedule: Schedule = "rex"
-    warmup: int = 10
+    warmup: float = 0.05
+    phi: float = 1.0
+    table: tuple[float, ...] | None = None
+    accumulate: int = 1
     weight_decay: float = 0.0
     clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError(f"give steps or seconds, not {self.steps} and {self.seconds}")
+
+    def share(self, steps: int, seconds: float) -> float:
+        """Share of the budget that is spent after so many steps and seconds, at most 1."""
+        if self.seconds is not None:
+            return min(1.0, seconds / self.seconds)
+        return steps / self.steps if self.steps else 1.0
+
+    def rate(self, steps: int, seconds: float, stride: float) -> float:
+        """Learning rate of the step that follows so many others; `stride` is its share."""
+        return learning_rate(
+            self.share(steps, seconds),
+            peak=self.learning_rate,
+            kind=self.schedule,
+            warmup=self.warmup,
+            stride=stride,
+            phi=self.phi,
+            table=self.table,
+        )
+
+
+@dataclass
+class Curve:
+    """What a training run was like.
+
+    Attributes:
+        losses: of every step, those of resumed parts included.
+        norms: L1 norm of every step's gradient, before clipping; see `schedules.refined_table`.
+        seconds: time spent in steps.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -58,68 +107,113 @@ def train(
     checkpoint_every: int = 50,
     progress: Progress | None = None,
     stage: str = "train",
-) -> list[float]:
-    """Minimise `loss_of(step)` over the named parameters with AdamW.
+    workers: Workers | None = None,
+) -> Curve:
+    """Minimise a loss over the named parameters with AdamW.
 
     Args:
         parameters: what is trained, by name; updated in place.
-        loss_of: step to scalar loss with gradients.
-        settings: schedule and optimiser.
-        checkpoint: file to continue from if it exists, rewritten every `checkpoint_every` steps.
+        loss_of: number of a batch to its scalar loss with gradients. Step t takes the mean over the
+            batches t*A .. t*A+A-1, A being `settings.accumulate`.
+        settings: budget, schedule and optimiser.
+        checkpoint: file to continue from if it exists, rewritten every `checkpoint_every` steps and
+            at the end.
         checkpoint_every: steps between two writes.
-        progress: called as (stage, done, total, detail).
+        progress: called as (stage, done, total, detail), in steps or whole seconds.
         stage: label for `progress`.
-
-    Returns:
-        Loss of every step, including those of the resumed part.
+        workers: processes that each call this with their part of every batch; gradients and losses
+            are averaged.
 
     Raises:
         QualityGate: the loss or a gradient is not finite.
         CorruptCheckpoint: the resume file belongs to other parameters.
     """
-    names = sorted(parameters)
-    decay = [parameters[n] for n in names if parameters[n].ndim > 1]
-    plain = [parameters[n] for n in names if parameters[n].ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": decay, "weight_decay": settings.weight_decay},
-        {"params": plain},
-    ]
-    warmup = min(settings.warmup, settings.steps - 1)
-    optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.0)
-    losses = _resume(checkpoint, names, parameters, optimiser)
-    for step in range(len(losses), settings.steps):
-        peak, kind = settings.learning_rate, settings.schedule
-        rate = learning_rate(step, settings.steps, peak=peak, kind=kind, warmup=warmup)
+    workers = workers or Workers()
+    optimiser = _optimiser(parameters, settings)
+    curve = _resume(checkpoint, parameters, optimiser)
+    began = time.monotonic() - curve.seconds
+    while (share := settings.share(len(curve.losses), curve.seconds)) < 1:
+        step = len(curve.losses)
+        loss = _gradients(parameters, loss_of, step, settings.accumulate, workers)
+        spent = workers.from_main(time.monotonic() - began)
+        stride = settings.share(step + 1, spent) - share
         for group in optimiser.param_groups:
-            group["lr"] = rate
-        optimiser.zero_grad(set_to_none=True)
-        loss = loss_of(step)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_([parameters[n] for n in names], settings.clip)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            raise QualityGate(
-                f"{stage}: loss {loss.item()} with gradient norm {norm.item()} at step {step}"
-            )
+            group["lr"] = settings.rate(step, curve.seconds, stride)
+        length, norm = _clip(parameters, settings.clip)
+        if not (math.isfinite(loss) and math.isfinite(length)):
+            raise QualityGate(f"{stage}: loss {loss} with gradient norm {length} at step {step}")
         optimiser.step()
-        losses.append(loss.item())
-        if checkpoint is not None and (step + 1) % checkpoint_every == 0:
-            _save(checkpoint, names, parameters, optimiser, losses)
-        if progress is not None:
-            progress(stage, step + 1, settings.steps, f"loss {losses[-1]:.4f}")
-    return losses
+        curve.losses.append(loss)
+        curve.norms.append(norm)
+        curve.seconds = workers.from_main(time.monotonic() - began)
+        done = settings.share(step + 1, curve.seconds)
+        due = (step + 1) % checkpoint_every == 0 or done == 1
+        if checkpoint is not None and due and workers.main:
+            _save(checkpoint, parameters, optimiser, curve)
+        if progress is not None and workers.main:
+            total = settings.steps or round(settings.seconds or 0)
+            progress(stage, round(done * total), total, f"loss {loss:.4f}")
+    return curve
+
+
+def _optimiser(
+    parameters: Mapping[str, nn.Parameter], settings: TrainSettings
+) -> torch.optim.Optimizer:
+    ordered = [parameters[name] for name in sorted(parameters)]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in ordered if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in ordered if p.ndim <= 1]},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.0, fused=True)
+
+
+def _gradients(
+    parameters: Mapping[str, nn.Parameter],
+    loss_of: Callable[[int], Tensor],
+    step: int,
+    accumulate: int,
+    workers: Workers,
+) -> float:
+    """Leave the step's gradient in the parameters; the mean loss over batches and processes."""
+    ordered = [parameters[name] for name in sorted(parameters)]
+    for parameter in ordered:
+        parameter.grad = None
+    total = torch.zeros(1, dtype=torch.float64)
+    for batch in range(step * accumulate, (step + 1) * accumulate):
+        loss = loss_of(batch) / accumulate
+        loss.backward()
+        total += loss.detach().double().cpu()
+    for parameter in ordered:
+        # An expert that no token chose: the same in every process and after every resume.
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    workers.mean_([p.grad for p in ordered if p.grad is not None])
+    shared = total.to(workers.device)
+    workers.mean_([shared])
+    return float(shared)
+
+
+def _clip(parameters: Mapping[str, nn.Parameter], bound: float) -> tuple[float, float]:
+    """Clip the global L2 norm of the gradient; its L2 and L1 norms before that."""
+    grads = [p.grad for p in parameters.values() if p.grad is not None]
+    norm = sum(float(torch.linalg.vector_norm(grad.float(), 1)) for grad in grads)
+    return float(nn.utils.clip_grad_norm_(list(parameters.values()), bound)), norm
 
 
 def _save(
     path: Path,
-    names: list[str],
     parameters: Mapping[str, nn.Parameter],
     optimiser: torch.optim.Optimizer,
-    losses: list[float],
+    curve: Curve,
 ) -> None:
-    tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
-    for name in names:
-        state = optimiser.state[parameters[name]]
-        tensors[f"value.{name}"] = parameters[name].detach()
+    tensors = {
+        "losses": torch.tensor(curve.losses, dtype=torch.float64),
+        "norms": torch.tensor(curve.norms, dtype=torch.float64),
+        "seconds": torch.tensor(curve.seconds, dtype=torch.float64),
+    }
+    for name, parameter in parameters.items():
+        state = optimiser.state[parameter]
+        tensors[f"value.{name}"] = parameter.detach()
         tensors[f"mean.{name}"] = state["exp_avg"]
         tensors[f"square.{name}"] = state["exp_avg_sq"]
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -127,23 +221,20 @@ def _save(
 
 
 def _resume(
-    path: Path | None,
-    names: list[str],
-    parameters: Mapping[str, nn.Parameter],
-    optimiser: torch.optim.Optimizer,
-) -> list[float]:
+    path: Path | None, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer
+) -> Curve:
     if path is None or not path.exists():
-        return []
+        return Curve()
     with safe_open(path, framework="pt") as file, torch.no_grad():
         stored = {key.removeprefix("value.") for key in file.keys() if key.startswith("value.")}  # noqa: SIM118
-        if stored != set(names):
+        if stored != set(parameters):
             raise CorruptCheckpoint(f"{path}: holds other parameters than the ones being trained")
-        losses = file.get_tensor("losses").tolist()
-        for name in names:
-            parameters[name].copy_(file.get_tensor(f"value.{name}"))
-            optimiser.state[parameters[name]] = {
-                "step": torch.tensor(float(len(losses))),
-                "exp_avg": file.get_tensor(f"mean.{name}"),
-                "exp_avg_sq": file.get_tensor(f"square.{name}"),
+        losses, norms = (file.get_tensor(key).tolist() for key in ("losses", "norms"))
+        for name, parameter in parameters.items():
+            parameter.copy_(file.get_tensor(f"value.{name}"))
+            moments = {"exp_avg": f"mean.{name}", "exp_avg_sq": f"square.{name}"}
+            optimiser.state[parameter] = {
+                "step": torch.tensor(float(len(losses)), device=parameter.device),
+                **{k: file.get_tensor(v).to(parameter.device) for k, v in moments.items()},
             }
-    return losses
+        return Curve(losses, norms, float(file.get_tensor("seconds")))

@@ -61,7 +61,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two domains of labelled text, enough for some windows of each."""
     path = tmp_path_factory.mktemp("text") / "documents.jsonl"
     code = "def area(width, height):\n    return width * height\n\n"
-    prose = "The river ran high that spring, and the ferry did not cross for a week. "
+    prose = "The river ran high that spring,\nand the ferry did not cross for a week. "
     rows = []
     for i in range(12):
         rows.append({"text": f"# file {i}\n" + code * 40, "domain": "python"})
@@ -95,6 +95,7 @@ def small_recipe(text_file: Path) -> list[str]:
         "evaluate.shares=[0.5]",
         "evaluate.controls=[static, oracle]",
         "evaluate.baselines=[rtn]",
+        "evaluate.choices=3",
         "limits.max_ppl_ratio=null",
     ]
     return [part for item in items for part in ("--set", item)]

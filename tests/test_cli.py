@@ -64,7 +64,7 @@ class Case:
 
 def as_dict(**values: Any) -> Any:
     """A library result: attributes, and to_dict() with the same."""
-    return SimpleNamespace(**values, to_dict=lambda: dict(values))
+    return SimpleNamespace(**values, to_dict=lambda **_: dict(values))
 
 
 def plan() -> Any:
@@ -304,8 +304,8 @@ def test_failed_checks_are_exit_codes(
         ("run r --model m --out o --stop-after rout", "'rout' is not one of calibrate, extract"),
         ("run r --model m --out o --resume --overwrite", "not allowed with argument --resume"),
         (
-            "eval m --task mmlu --data d",
-            "argument --task: 'mmlu' is not one of perplexity, choices",
+            "eval m --task mmlo --data d",
+            "argument --task: 'mmlo' is not one of perplexity, choices",
         ),
         ("eval m --task perplexity --data d --bits 5", "--bits 5: accepted are 2, 3, 4"),
         ("eval m --task perplexity --data d --limit 0", "--limit: '0' is not a positive integer"),
@@ -329,7 +329,7 @@ def test_usage_errors(line: str, message: str, capsys: pytest.CaptureFixture[str
 
 def test_a_misspelt_recipe_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "show", "demo/moe-nestd"]) == 2
-    assert "did you mean 'demo/moe-nested'?" in capsys.readouterr().err
+    assert "did you mean 'demo/moe-nested'" in capsys.readouterr().err
 
 
 def test_flags_are_frozen() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fissile.cli.main import COMMANDS, build_parser
-from fissile.config import load_recipe, shipped_recipes
+from fissile.recipe_files import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 _OWN = {
     "load": "fissile.models:load",
-    "load_recipe": "fissile.config:load_recipe",
+    "load_recipe": "fissile.recipe_files:load_recipe",
     "run_recipe": "fissile.run.pipeline:run_recipe",
     "quantize_checkpoint": "fissile.run.pipeline:quantize_checkpoint",
     "evaluate": "fissile.eval.run:evaluate",
@@ -54,6 +54,7 @@ _ROOMS: dict[str, dict[str, str]] = {
         "refine_experts": "fissile.refactor.sample:refine_experts",
         "refit_layers": "fissile.refactor.refit:refit_layers",
         "ridge_selector": "fissile.refactor.layerwise:ridge_selector",
+        "routing_redundancy": "fissile.refactor.redundancy:routing_redundancy",
         "routing_of": "fissile.refactor.convert:routing_of",
         "split_gated_mlp": "fissile.refactor.split:split_gated_mlp",
         "train_to_teacher": "fissile.refactor.recover:train_to_teacher",

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from fissile.errors import RecipeError
-from fissile.registry import suggest
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Width = Literal[2, 3, 4]
 Share = Annotated[float, Field(gt=0, le=1)]
-Control = Literal["static", "random", "ridge", "pregate", "oracle"]
+Control = Literal[
+    "static",
+    "static_uniform",
+    "random",
+    "ridge",
+    "mean_gate",
+    "spectral",
+    "dynamic",
+    "pregate",
+    "per_layer",
+    "token",
+    "oracle",
+    "oracle_per_layer",
+    "oracle_layerwise",
+    "readme",
+    "cmoe",
+    "expertweaver",
+    "emoe",
+]
 Baseline = Literal["dedicated", "gptq", "rtn"]
+GatedTask = Literal["perplexity", "choices"]
+# Widths are keys of a mapping here, which JSON makes strings.
+Served = Annotated[Literal["float", "2", "3", "4"], BeforeValidator(str)]
 Stage = Literal[
     "calibrate",
     "extract",
@@ -50,7 +66,9 @@ class Extract(Strict):
     """How the neurons of a layer become shared and routed experts."""
 
     enabled: bool = True
-    method: Literal["fissile", "readme", "random"] = "fissile"
+    method: Literal["fissile", "random", "readme", "cmoe", "expertweaver", "emoe"] = Field(
+        "fissile", description="ours, random experts, or a published conversion on the same path"
+    )
     score: Literal["auto", "fluctuation", "energy", "magnitude"] = Field(
         "auto", description="auto: fluctuation if recovery can compensate, else energy"
     )
@@ -58,6 +76,12 @@ class Extract(Strict):
     top_k: int = Field(3, ge=1)
     active_share: Share = Field(0.75, description="share of FFN neurons computed for a token")
     multiple: int = Field(64, ge=1, description="experts are a multiple of this many neurons")
+    allocation: Literal["uniform", "proxy", "kl"] = Field(
+        "kl",
+        description="shared neurons of a layer: alike in all, by the layer's own loss, or by the"
+        " measured divergence of pruning that layer; the active share is the mean over layers",
+    )
+    allocation_tokens: int = Field(4096, gt=0, description="calibration tokens for the divergence")
     refine_rounds: int = Field(
         2,
         ge=0,
@@ -77,6 +101,34 @@ class Route(Strict):
 
     kind: Literal["pregate", "layerwise", "static"] = "pregate"
     per_layer: bool = Field(False, description="one head per layer instead of one decision")
+    block: Literal["attention", "token", "readme"] = Field(
+        "attention", description="of pre-gating: ours, token ids alone, or Read-ME's own router"
+    )
+    query_heads: int | None = Field(
+        None, ge=1, description="of the router's attention; default as many as key heads"
+    )
+    width: int = Field(512, ge=8, description="of Read-ME's router and its embedding table")
+    selector: Literal["ridge", "mean_gate", "spectral"] = Field(
+        "ridge", description="of layer-wise routing"
+    )
+    selector_rank: int = Field(32, ge=1, description="of spectral selectors")
+    fit_steps: int = Field(
+        100, ge=0, description="iterations of the convex fit that follows the closed-form ridge"
+    )
+    fit_tokens: int = Field(32768, gt=0, description="calibration tokens of that fit")
+    dynamic_k: bool = Field(
+        False, description="take experts above a calibrated threshold, top_k in the mean"
+    )
+    max_k: int | None = Field(None, ge=1, description="most experts of a token under dynamic_k")
+    balance_load: bool = Field(
+        False, description="bias the choice, not the weights, towards an even load"
+    )
+    sensitivity: bool = Field(
+        True, description="weigh layers by what their choices cost, where allocation measured it"
+    )
+    on_trajectory: bool = Field(
+        False, description="measure the oracle again on the converted model's own activations"
+    )
     attention_dim: int = Field(64, ge=8, description="width of the attention's output")
     inner_dim: int = Field(64, ge=8, description="width of the SwiGLU")
     steps: int = Field(400, ge=1)
@@ -88,21 +140,115 @@ class Route(Strict):
     ridge: float = Field(1e-2, gt=0, description="ridge in units of the mean diagonal")
     balance: float = Field(0.0, ge=0, description="weight of the load-balance term")
 
+    def router_sizes(self) -> dict[str, Any]:
+        """What config.json of a pre-gated model says about its router."""
+        sizes: dict[str, Any] = {"block": self.block, "inner_dim": self.inner_dim}
+        if self.block == "attention":
+            sizes["attention_dim"] = self.attention_dim
+        if self.block == "readme":
+            sizes["width"] = self.width
+        if self.block != "token" and self.query_heads is not None:
+            sizes["query_heads"] = self.query_heads
+        return sizes
+
+
+class Alternate(Strict):
+    """Read-ME's alternation: rounds of the router alone, then of everything else (section 3.4).
+
+    Rates follow a cosine within a round; `recover.learning_rate` and `recover.schedule` rest.
+    """
+
+    rounds: int = Field(0, ge=0, le=64, description="0: all is trained together; Read-ME has 8")
+    router_share: float = Field(1 / 3, gt=0, lt=1, description="share of the budget for the router")
+    router_rate: float = Field(5e-4, gt=0, description="router's learning rate in round 0")
+    expert_rate: float = Field(5e-5, gt=0, description="learning rate of the rest in round 0")
+    round_decay: float = Field(0.8, gt=0, le=1, description="of both rates, per round")
+    temperature: float = Field(0.5, gt=0, description="of the oracle's soft targets")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_number(cls, data: Any) -> Any:
+        return {"rounds": data} if isinstance(data, int) else data
+
 
 class Recover(Strict):
-    """What is done about the neurons a token does not compute."""
+    """What is done about the neurons a token does not compute.
 
-    refit: bool = Field(True, description="least-squares re-fit of the shared down projection")
+    One of `steps`, `tokens` and `seconds` is the budget of the training; 200 steps without any.
+    """
+
+    refit: bool = Field(True, description="least-squares re-fit of down projections")
+    refit_scope: Literal["shared", "all"] = Field(
+        "all", description="of the shared neurons alone, or of the routed experts too"
+    )
+    refit_target: Literal["layer", "stream"] = Field(
+        "stream", description="each dense FFN's output, or the dense model's residual stream"
+    )
+    restore: bool = Field(
+        True, description="with the re-fit: a constant per expert for where it is not chosen"
+    )
     refit_tokens: int = Field(65536, gt=0, description="calibration tokens of the re-fit")
     method: Literal["none", "lora", "full"] = "lora"
-    steps: int = Field(200, ge=0)
-    batch_tokens: int = Field(4096, gt=0)
+    steps: int | None = Field(None, ge=0, description="budget in optimiser steps")
+    tokens: int | None = Field(None, gt=0, description="budget in tokens read, repeats included")
+    seconds: float | None = Field(None, gt=0, description="budget in seconds of training")
+    batch_tokens: int = Field(4096, gt=0, description="tokens of one forward pass, all processes")
+    accumulate: int = Field(1, ge=1, description="forward passes per optimiser step")
     context: int = Field(512, ge=8)
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the products; weights and optimiser stay float32"
+    )
     learning_rate: float = Field(1e-3, gt=0)
+    schedule: Literal["rex", "uba", "linear", "cosine", "refined"] = "rex"
+    phi: float = Field(1.0, gt=0, description="shape of uba: 2 is cosine, near 0 drops late")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the budget")
+    probe: float = Field(
+        0.1, gt=0, lt=1, description="refined: share of the budget for a probe of gradient norms"
+    )
+    norms_from: str | None = Field(
+        None, description="refined: run folder whose training recorded norms, in place of a probe"
+    )
+    clip: float = Field(1.0, gt=0, description="bound on the gradient's norm")
+    weight_decay: float = Field(0.0, ge=0)
     rank: int = Field(16, ge=1)
+    kd_weight: float = Field(
+        0.9, ge=0, le=1, description="of the divergence from the dense model; the rest is text loss"
+    )
     temperature: float = Field(1.0, gt=0)
+    teacher_top_k: int = Field(
+        64, ge=0, description="logits kept per token of the dense model; 0 runs it every step"
+    )
     checkpoint_every: int = Field(50, ge=1, description="steps between resumable checkpoints")
     train_router: bool = Field(True, description="straight-through gradients into the router")
+    alternate: Alternate = Alternate()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_budget(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        given = [k for k in ("steps", "tokens", "seconds") if data.get(k) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"give one budget, not {' and '.join(given)} (set the others to null, which an "
+                "extended recipe may have set)"
+            )
+        return data if given else data | {"steps": 200}
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+        return self.method != "none" and self.steps != 0
+
+    def limited(self, steps: int) -> Recover:
+        """The same settings with a budget of so many steps."""
+        return self.model_copy(update={"steps": steps, "tokens": None, "seconds": None})
+
+    def steps_of(self, step_tokens: int) -> int | None:
+        """Optimiser steps of the budget, at least one for tokens; None where time decides."""
+        if self.tokens is None:
+            return self.steps
+        return max(1, round(self.tokens / step_tokens))
 
 
 class Quantize(Strict):
@@ -147,15 +293,23 @@ class Evaluate(Strict):
     context: int = Field(2048, ge=8)
     batch_tokens: int = Field(8192, gt=0)
     shares: tuple[Share, ...] = (0.75, 0.5)
-    controls: tuple[Control, ...] = get_args(Control)
+    controls: tuple[Control, ...] = ("static", "random", "ridge", "pregate", "oracle")
     baselines: tuple[Baseline, ...] = get_args(Baseline)
     control_recover_steps: int = Field(0, ge=0, description="training steps for each control")
+    choices: int = Field(
+        25, ge=0, description="multiple-choice items a domain, cut from the held-out text; 0: none"
+    )
 
 
 class Limits(Strict):
     """Bounds that turn a finished run into a failed one (exit code 5)."""
 
     max_ppl_ratio: float | None = Field(None, gt=1, description="converted over dense perplexity")
+    recovery: dict[GatedTask, Share | dict[Served, Share]] = Field(
+        default_factory=dict,
+        description="least share of the dense score, by task and, where wanted, by width,"
+        " e.g. {perplexity: 0.9, choices: {float: 0.97, 3: 0.9}}",
+    )
     ledger: dict[str, int] = Field(
         default_factory=dict, description="most events of a kind, e.g. {starved_expert: 0}"
     )
@@ -180,118 +334,3 @@ class Recipe(Strict):
         """Hash of the resolved recipe; resume refuses a run folder made by another one."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def recipe_folder() -> Path:
-    """Folder of the recipes that ship with the package."""
-    return Path(__file__).resolve().parent / "recipes"
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Name ("demo/moe-nested") to file of every shipped recipe; files named "_*" are bases."""
-    root = recipe_folder()
-    files = sorted(p for p in root.rglob("*.yaml") if not p.name.startswith("_"))
-    return {p.relative_to(root).with_suffix("").as_posix(): p for p in files}
-
-
-def find_recipe(name: str) -> Path:
-    """Resolve a recipe argument: an existing file, or the name of a shipped recipe.
-
-    Raises:
-        RecipeError: neither exists.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    shipped = shipped_recipes()
-    key = name.removeprefix("recipes/").removesuffix(".yaml")
-    if key in shipped:
-        return shipped[key]
-    raise RecipeError(
-        f"recipe {name!r} is neither a file nor shipped{suggest(key, list(shipped))}"
-        f" (shipped: {', '.join(shipped)})"
-    )
-
-
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a YAML recipe, follow `extends:`, apply `key=value` overrides, validate.
-
-    Args:
-        path: YAML file; `extends: other.yaml` is resolved beside it.
-        overrides: dotted assignments as given to `--set`, values in YAML syntax.
-
-    Raises:
-        RecipeError: unreadable, unknown keys (with a suggestion), values out of range.
-    """
-    data = _read_chain(path, seen=())
-    for item in overrides or []:
-        _assign(data, item)
-    return parse_recipe(data, where=str(path))
-
-
-def parse_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Validate a mapping; all mistakes are reported in one line, joined by "; ".
-
-    Raises:
-        RecipeError: unknown keys (with a suggestion) or values out of range.
-    """
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as err:
-        lines = "; ".join(_explain(dict(e)) for e in err.errors())
-        raise RecipeError(f"{where}: {lines}") from None
-
-
-def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path in seen:
-        raise RecipeError(f"{path}: extends itself")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as err:
-        raise RecipeError(f"{path}: cannot be read ({err})") from None
-    except yaml.YAMLError as err:
-        raise RecipeError(f"{path}: not YAML ({' '.join(str(err).split())})") from None
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping, found {type(data).__name__}")
-    base = data.pop("extends", None)
-    if base is None:
-        return data
-    return _merge(_read_chain(path.parent / str(base), (*seen, path)), data)
-
-
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
-            merged[key] = _merge(old, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _assign(data: dict[str, Any], item: str) -> None:
-    key, equals, text = item.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {item!r}: expected KEY=VALUE, e.g. quantize.group_size=128")
-    *parents, leaf = key.split(".")
-    node = data
-    for name in parents:
-        node = node.setdefault(name, {})
-        if not isinstance(node, dict):
-            raise RecipeError(f"--set {item!r}: {name} is a value, not a section")
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {item!r}: the value is not YAML") from None
-
-
-def _explain(error: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg']} (got {error['input']!r})"
-    owner: Any = Recipe
-    for part in error["loc"][:-1]:
-        owner = owner.model_fields[part].annotation
-    known = sorted(owner.model_fields)
-    hint = suggest(str(error["loc"][-1]), known) or f" (known: {', '.join(known)})"
-    return f"{where}: unknown key{hint}"

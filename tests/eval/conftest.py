@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fissile.eval.corpus import Corpus, build_corpus
 from fissile.eval.documents import Document
 
 WORDS = [f"w{i}" for i in range(60)]
@@ -109,6 +110,12 @@ def make_documents() -> Callable[..., list[Document]]:
         ]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Labelled text of this installation; read-only."""
+    return build_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")

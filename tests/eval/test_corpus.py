@@ -23,11 +23,6 @@ from fissile.eval.sources import DOMAINS, SourceItem
 from fissile.eval.tokens import encode, load_tokenizer
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return build_corpus(tmp_path_factory.mktemp("corpus"))
-
-
 def files(path: Path) -> set[tuple[str, str]]:
     return {(row["domain"], row["source"]) for _, row in read_rows(path)}
 

@@ -40,11 +40,13 @@ def test_perplexity_of_a_dense_folder(
     found = json.loads(result.to_json())
     expected = perplexity(llama, tokenizer, make_documents(per_domain=3), context=20)
     assert list(found) == [
-        "task", "bits", "n_tokens", "ppl", "stderr", "by_domain", "seconds", "conditions",
+        "schema_version", "task", "bits", "n_tokens", "ppl", "stderr", "higher_is_better",
+        "by_domain", "seconds", "metrics", "conditions",
     ]  # fmt: skip
     assert found["task"] == "perplexity"
     assert found["bits"] is None
     assert found["n_tokens"] == expected.n_tokens
+    assert found["higher_is_better"] is False
     assert found["ppl"] == pytest.approx(expected.ppl, rel=1e-5)
     assert found["stderr"] == pytest.approx(expected.stderr, rel=1e-4)
     assert found["by_domain"] == {
@@ -93,9 +95,11 @@ def test_choices_and_run_folder_and_progress(toy_folder: Path, tmp_path: Path) -
         tmp_path / "run", "choices", path, progress=lambda *call: calls.append(call)
     ).to_dict()
     assert list(result) == [
-        "task", "bits", "n_items", "accuracy", "stderr", "by_subject", "seconds", "conditions",
+        "schema_version", "task", "bits", "n_items", "accuracy", "stderr", "higher_is_better",
+        "by_subject", "seconds", "metrics", "conditions",
     ]  # fmt: skip
     # The four questions are the same, their answers alternate.
+    assert result["higher_is_better"] is True
     assert result["accuracy"] == 0.5
     assert sorted(result["by_subject"].values()) == [0.0, 1.0]
     assert calls[-1] == ("eval", 2, 2, "")
@@ -137,6 +141,7 @@ def test_the_folders_code_is_not_run(copy: Path, data: Path, tmp_path: Path) -> 
         ({"task": "perplexty"}, "unknown task 'perplexty'; did you mean 'perplexity'"),
         ({"bits": 3}, "bits 3: .* has float weights only"),
         ({"batch_tokens": 0}, "batch_tokens 0"),
+        ({"convention": "lm_eval"}, "convention 'lm_eval'; did you mean 'lm-eval'"),
         ({"data": Path("absent.jsonl")}, "absent.jsonl: cannot be read"),
         ({"folder": Path("absent")}, "absent: is not a folder"),
     ],

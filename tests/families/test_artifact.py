@@ -45,6 +45,24 @@ ROUTINGS: dict[str, dict[str, Any] | None] = {
     "static": {**EXPERTS, "kind": "static"},
     "no shared": {**EXPERTS, "kind": "layerwise", "shared_sizes": [0, 0], "shared_bias": False},
     "pool": {**EXPERTS, **POOLED, "kind": "layerwise"},
+    "restore": {**EXPERTS, "kind": "layerwise", "restore": True},
+    "spectral": {**EXPERTS, "kind": "layerwise", "selector": "spectral", "selector_rank": 3},
+    "glu": {**EXPERTS, "kind": "layerwise", "selector": "glu", "selection_bias": True},
+    "balance": {**EXPERTS, "kind": "layerwise", "selection_bias": True},
+    "few heads": {
+        **EXPERTS,
+        "kind": "pregate",
+        "router": {"attention_dim": 8, "inner_dim": 24, "query_heads": 2},
+        "selection_bias": True,
+    },
+    "token": {**EXPERTS, "kind": "pregate", "router": {"block": "token", "inner_dim": 24}},
+    "readme": {
+        **EXPERTS,
+        "kind": "pregate",
+        "router": {"block": "readme", "width": 12, "inner_dim": 24, "query_heads": 4},
+        "per_layer": True,
+        "selection_bias": True,
+    },
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fissile.refactor.moments import Moments
+from fissile.refactor.moments import Moments, gram
 
 WIDE, OUT, T = 9, 4, 400
 
@@ -109,3 +109,9 @@ def test_extremes() -> None:
         constant.add(torch.zeros(4, 3), torch.zeros(5, 2))
     with pytest.raises(ValueError, match="NaN or infinite"):
         constant.add(torch.full((4, 3), torch.inf), torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("width", [1, 512, 1100])
+def test_gram_is_the_product_with_its_transpose(width: int) -> None:
+    x = torch.randn(30, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(gram(x), x.T @ x, rtol=1e-12, atol=1e-12)

@@ -12,6 +12,7 @@ from fissile.refactor.oracle import (
     HasExperts,
     chosen_mask,
     expert_norms,
+    router_quality,
     routing_report,
     switch_rate,
     top_experts,
@@ -121,3 +122,40 @@ def test_switch_rate_of_single_tokens_is_undefined() -> None:
             domains=1,
             sequence_T=torch.zeros(4),
         )
+
+
+@pytest.mark.parametrize("width", [150, 151, 149, 400])
+def test_norms_of_wide_experts(width: int) -> None:
+    """Experts as wide as the model, one neuron wider and narrower; factors in several blocks."""
+    rng = torch.Generator().manual_seed(2)
+    partition = random_partition(
+        torch.rand(310, generator=rng), shared_size=10, num_experts=2, seed=0
+    )
+    h_TF = torch.randn(300, 310, generator=rng)
+    down_DF = torch.randn(width, 310, generator=rng)
+    found = expert_norms(h_TF, down_DF, partition)
+    for e, index in enumerate(partition.expert_indices()):
+        expected = (h_TF[:, index].double() @ down_DF[:, index].double().T).norm(dim=1)
+        torch.testing.assert_close(found[:, e].double(), expected, rtol=2e-5, atol=0)
+
+
+def test_fewer_choices_than_slots() -> None:
+    mask = chosen_mask(torch.tensor([[2, -1], [0, 1]]), 3)
+    assert mask.tolist() == [[False, False, True], [True, True, False]]
+
+
+def test_quality_of_every_layer() -> None:
+    norms = torch.tensor([[[4.0, 3.0, 1.0], [1.0, 5.0, 2.0]], [[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]]])
+    best, worst = torch.tensor([[0], [1]]), torch.tensor([[2], [0]])
+    sequence = torch.zeros(2, dtype=torch.int64)
+    found = router_quality([best, worst], norms, sequence)
+    assert found["recall_at_k"] == [1.0, 1.0]
+    assert router_quality([best], norms, sequence)["recall_at_k"] == [1.0, 0.0]
+    other = router_quality([worst, worst[:1].repeat(2, 1)], norms, sequence)
+    assert other["recall_at_k"] == [0.0, 0.5]
+    assert other["mass"] == pytest.approx([2 / 9, 5 / 6])
+    assert other["switch_rate"] == [1.0, 0.0]
+    assert other["entropy"] == pytest.approx([math.log(2) / math.log(3), 0.0])
+    assert other["imbalance"] == pytest.approx([1.5, 3.0])
+    with pytest.raises(ValueError, match="3 decisions for 2 layers"):
+        router_quality([best] * 3, norms, sequence)

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fissile.config import Extract, Recover, Route
+from fissile.config import Recover, Route
 from fissile.eval.corpus import build_corpus
 from fissile.eval.documents import read_documents
 from fissile.eval.tokens import load_tokenizer
 from fissile.eval.windows import sample_windows
+from fissile.families import expert_sizes
 from fissile.models.build import with_routing
 from fissile.models.source import CheckpointSource, load_source
 from fissile.models.stream import StreamedModel
@@ -30,18 +31,20 @@ from fissile.refactor.calibrate import (
     measure_oracle,
     neurons,
 )
+from fissile.refactor.compensate import RIDGES
 from fissile.refactor.convert import ConvertedSource, routing_of
 from fissile.refactor.oracle import expert_norms, top_experts
 from fissile.refactor.partition import Partition, random_partition
 from fissile.refactor.recover import train_to_teacher
-from fissile.refactor.refit import RIDGE, refit_layers
+from fissile.refactor.refit import refit_layers
 from fissile.refactor.router import distill_router, oracle_targets, router_logits
 from fissile.refactor.sample import refine_experts
 from fissile.refactor.statistics import NeuronStatistics
-from fissile.run.experts import extract_layer, static_bias, static_layer
+from fissile.run.experts import static_bias, static_layer
+from fissile.run.extraction import extract_layer
 
 EXPERTS, CHOSEN, CONTEXT = 12, 4, 128
-SETTINGS = Extract(num_experts=EXPERTS, top_k=CHOSEN, active_share=0.5)
+SIZES = expert_sizes(1024, EXPERTS, CHOSEN, 0.5, 64)
 ROUTE = Route(attention_dim=32, inner_dim=32, steps=60, batch_tokens=1024)
 
 
@@ -77,9 +80,7 @@ def world(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     stats = list(gather_statistics(dense, fit, batch_tokens=4096, sketch_dim=256, seed=0))
     partitions = []
     for i, layer in enumerate(stats):
-        made = extract_layer(layer, SETTINGS, 0.5, i, True)
-        assert isinstance(made, Partition)
-        partitions.append(made)
+        partitions.append(extract_layer(layer, SIZES, "fissile", "fluctuation", i))
     norms, selectors = measure_oracle(dense, fit, partitions, ridge=1e-2, batch_tokens=4096)
     held_norms, _ = measure_oracle(dense, held, partitions, ridge=1e-2, batch_tokens=4096)
     return World(dense, fit, held, stats, partitions, norms, held_norms, selectors)
@@ -172,7 +173,7 @@ def test_the_pre_gating_router_learns_from_the_oracle(world: World) -> None:
 def test_refit_equals_ridge_regression_and_lowers_the_held_out_error(world: World) -> None:
     partitions, biases = [], []
     for i, stats in enumerate(world.stats):
-        partition, mean = static_layer(stats, 0.5, 64)
+        partition, mean = static_layer(stats, SIZES)
         partitions.append(partition)
         biases.append(static_bias(partition, mean, down_weight(world.dense.layer(i))))
     routing = routing_of("static", partitions, 1, ROUTE)
@@ -191,10 +192,17 @@ def test_refit_equals_ridge_regression_and_lowers_the_held_out_error(world: Worl
     h, r = h_TF[used][:, kept], residual[used]
     hc, rc = h - h.mean(0), r - r.mean(0)
     gram = hc.T @ hc / len(hc)
-    gram += RIDGE * np.diag(gram).mean() * np.eye(len(gram))
-    delta = np.linalg.solve(gram, hc.T @ rc / len(hc)).T
-    got = results[0].weight_DF.double().numpy() - down[:, kept]
+    held, wanted = ~used, []
+    for ridge in RIDGES:
+        damped = gram + ridge * np.diag(gram).mean() * np.eye(len(gram))
+        delta = np.linalg.solve(damped, hc.T @ rc / len(hc)).T
+        left = residual[held] - h_TF[held][:, kept] @ delta.T
+        left -= r.mean(0) - h.mean(0) @ delta.T
+        wanted.append(((left**2).sum(1).mean(), delta))
+    error, delta = min(wanted, key=lambda found: found[0])
+    got = results[0].tensors["shared.down_proj.weight"].double().numpy() - down[:, kept]
     assert results[0].kind == "full"
+    assert results[0].error_after == pytest.approx(error, rel=1e-3)
     assert np.linalg.norm(got - delta) < 1e-3 * np.linalg.norm(delta)
 
 
@@ -202,10 +210,12 @@ def test_refit_equals_ridge_regression_and_lowers_the_held_out_error(world: Worl
 def test_training_brings_a_pruned_model_back_towards_the_dense_one(
     world: World, method: Literal["lora", "full"]
 ) -> None:
-    partitions = [static_layer(stats, 0.5, 64)[0] for stats in world.stats]
+    partitions = [static_layer(stats, SIZES)[0] for stats in world.stats]
     routing = routing_of("static", partitions, 1, ROUTE)
     pruned = ConvertedSource(world.dense.source, partitions, routing)
-    settings = Recover(method=method, steps=8, batch_tokens=512, learning_rate=3e-4, rank=8)
+    settings = Recover(
+        method=method, steps=8, batch_tokens=512, learning_rate=3e-4, rank=8, kd_weight=1.0
+    )
     result = train_to_teacher(
         load_source(pruned), load_source(world.dense.source), world.fit.ids_NS, settings, seed=0
     )

@@ -9,7 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fissile.refactor.statistics import NeuronStatistics, column_norms, token_signs
+from fissile.refactor.statistics import (
+    NeuronStatistics,
+    column_norms,
+    count_largest,
+    token_signs,
+)
 
 T, F, D, N, Q = 700, 12, 5, 3, 40
 
@@ -142,3 +147,17 @@ def test_bad_input(h_TF: Tensor, domain_T: Tensor, down_DF: Tensor) -> None:
     stats = gather(h_TF, domain_T.clamp_max(1), down_DF)
     with pytest.raises(ValueError, match="no calibration tokens of domain 2"):
         stats.mean_abs_NF()
+
+
+def test_equal_values_are_counted_only_as_far_as_there_is_room() -> None:
+    size = torch.tensor([[5.0, 1.0, 1.0, 1.0, 0.5], [0.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0]])
+    found = count_largest(size, 2)
+    assert found.sum() == 6
+    assert (found[0], found[4]) == (1 + found_of_zeros(size, 0), 1 + found_of_zeros(size, 4))
+    assert count_largest(size[2:], 2).tolist() == [0, 0, 0, 1, 1]
+    assert count_largest(size[:1], 2).sum() == 2
+
+
+def found_of_zeros(size: Tensor, column: int) -> float:
+    """What the row of zeros adds to a column: any two of the five, but the same two each time."""
+    return float(count_largest(size[1:2], 2)[column])

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from fissile.config import Recipe, parse_recipe
+from fissile.config import Recipe
 from fissile.errors import CorruptCheckpoint, RecipeError, ResourceError, UsageError
 from fissile.families import FAMILIES, dense_names
 from fissile.io.headers import open_checkpoint_headers
+from fissile.recipe_files import parse_recipe
 from fissile.run import machine, plan
 from fissile.run.plan import Plan, make_plan
 from fissile.run.sizing import artifact_sizes

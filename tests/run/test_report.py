@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fissile.errors import CorruptCheckpoint, UsageError
+from fissile.refactor.redundancy import routing_redundancy
 from fissile.run.advice import advise, compare
+from fissile.run.choice import choose
 from fissile.run.metrics import Metrics, Score, parse_metrics, read_metrics
 from fissile.run.report import CAPTIONS, write_report
 from fissile.run.report_tables import summary_rows
@@ -50,6 +53,11 @@ def width(method: str, bits: int | None, factor: float, **more: Any) -> dict[str
     size = 16_000_000 * (bits or 16) // 16
     row = {"method": method, "bits": bits, "bits_per_weight": (bits or 16) + 0.5, "bytes": size}
     return {**row, **score(factor), **more}
+
+
+def redundancy() -> dict[str, Any]:
+    choices = [torch.tensor([[0, 1], [1, 2], [0, 1], [2, 3]]).roll(i, 0) for i in range(3)]
+    return routing_redundancy(choices, torch.zeros(4, dtype=torch.int64), num_experts=4)
 
 
 def full() -> dict[str, Any]:
@@ -89,7 +97,11 @@ def full() -> dict[str, Any]:
             "gap_closed": [0.4, 0.6, 0.2],
             "switch_rate": 0.4,
             "entropy": 0.97,
+            "redundancy": {"ridge": redundancy()},
         },
+        "routers": [{"name": "pregate", "share": 0.5, "recall_at_k": [0.6, 0.7], "mass": [0.9]}],
+        "weights": {"ffn": 6_000_000, "attention": 1_000_000, "head": 1_000_000},
+        "divisions": [{"wanted": 0.5, "share": 0.5, "shared": 0.25, "num_experts": 6, "top_k": 2}],
         "stages": [{"name": "calibrate", "seconds": 3.5, "peak_rss_bytes": 600_000_000}],
         "verify": [{"name": "reload", "ok": True, "detail": "bit-identical"}],
         "conditions": {"context": 512, "domains": list(DOMAINS)},
@@ -131,9 +143,10 @@ def test_a_full_report_has_every_figure_and_table(tmp_path: Path) -> None:
     page, data = write_report(write(tmp_path, full()))
     reader = read_page(page)
     text = " ".join(reader.text)
-    assert reader.tags.count("figure") == len(CAPTIONS) == 8
-    assert "Not run." not in text
-    for word in ("oracle router", "nested, 2 bits", "GPTQ", "mlp.experts.down_proj", "reload"):
+    assert reader.tags.count("figure") == len(CAPTIONS) + 3 == 12
+    assert text.count("Not run.") == 1  # of the evaluations, which are files of their own
+    words = ("Choices of the ridge router", "φ", "1.60", "oracle router", "nested, 2 bits", "GPTQ")
+    for word in (*words, "mlp.experts.down_proj", "reload"):
         assert word in text
     dense = full()["dense"]["ppl"]
     assert f"{dense:.2f}" in text
@@ -163,7 +176,7 @@ def test_the_plan_stands_beside_the_measured_cost(tmp_path: Path) -> None:
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     page, _ = write_report(write(tmp_path, full()))
     reader = read_page(page)
-    assert len(reader.links) == 16
+    assert len(reader.links) == 24
     assert all(link.startswith("data:image/svg+xml;base64,") for link in reader.links)
     assert "script" not in reader.tags
     for link in reader.links:
@@ -196,7 +209,8 @@ def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     )
     reader = read_page(write_report(tmp_path)[0])
     assert "script" not in reader.tags
-    assert reader.tags.count("b") == len(advise(parse_metrics(metrics, "x")))
+    parsed = parse_metrics(metrics, "x")
+    assert reader.tags.count("b") == len([*advise(parsed), *choose(parsed)])
     assert "".join(reader.text).count("<script>") >= 6
     assert "<b>kind</b>" in "".join(reader.text)
 
@@ -286,7 +300,7 @@ def test_routing_is_judged_against_the_static_model(
 def test_the_gap_to_the_oracle_is_stated_when_routing_pays() -> None:
     rows = [variant("static", 1.44), variant("pregate", 1.2), variant("oracle", 1.0)]
     [(_, text)] = advice({"variants": rows})["routing"]
-    assert "closes 50 % of the gap" in text
+    assert "closes 50.2 ± 0.2 % of the gap" in text
 
 
 def test_only_the_same_recovery_is_compared() -> None:

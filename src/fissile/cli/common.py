@@ -129,6 +129,15 @@ def positive(text: str) -> int:
     return value
 
 
+def at_least_zero(text: str) -> int:
+    """Argument type: an integer of at least 0.
+
+    Raises:
+        argparse.ArgumentTypeError: not a number, or below 0.
+    """
+    return 0 if text == "0" else positive(text)
+
+
 def integers(text: str) -> list[int]:
     """Argument type: comma-separated integers, e.g. 2,3,4.
 

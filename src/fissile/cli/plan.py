@@ -31,7 +31,7 @@ def add_parser(subparsers: Subparsers) -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, then fail if it does not fit this machine."""
-    from fissile.config import find_recipe, load_recipe
+    from fissile.recipe_files import find_recipe, load_recipe
     from fissile.run.plan import make_plan
 
     recipe = load_recipe(find_recipe(args.recipe), args.set)

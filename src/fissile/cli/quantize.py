@@ -47,7 +47,7 @@ def add_parser(subparsers: Subparsers) -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Quantize the model and print sizes and losses."""
-    from fissile.config import parse_recipe
+    from fissile.recipe_files import parse_recipe
 
     given = {key: value for key in KEYS if (value := getattr(args, key)) is not None}
     recipe = parse_recipe({"seed": args.seed, "quantize": given}, where="quantize")

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from fissile.config import load_recipe, shipped_recipes
+    from fissile.recipe_files import load_recipe, shipped_recipes
 
     rows = [
         {"name": name, "description": load_recipe(path).description, "path": path}
@@ -57,7 +57,7 @@ def _list(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     import yaml
 
-    from fissile.config import find_recipe, load_recipe
+    from fissile.recipe_files import find_recipe, load_recipe
 
     data = load_recipe(find_recipe(args.name)).model_dump(mode="json")
     emit(args, data, [yaml.safe_dump(data, sort_keys=False, allow_unicode=True).rstrip()])

@@ -46,10 +46,11 @@ def add_parser(subparsers: Subparsers) -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Run the recipe; the last line names the report."""
-    from fissile.config import find_recipe, load_recipe
+    from fissile.recipe_files import find_recipe, load_recipe
 
     recipe = load_recipe(find_recipe(args.recipe), args.set)
     from fissile.run.pipeline import run_recipe
+    from fissile.run.together import follows
 
     with progress(args) as show:
         summary = run_recipe(
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
             download=args.download,
             progress=show,
         )
+    if follows():
+        return 0
     payload = {key: value for key, value in summary.to_dict().items() if key != "report"}
     lines = tidy(payload)
     if summary.report is not None:

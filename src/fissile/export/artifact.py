@@ -28,6 +28,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 CODE_FILES = (
     PACKAGE / "models" / "configuration_fissile.py",
     PACKAGE / "models" / "modules_fissile.py",
+    PACKAGE / "models" / "routers_fissile.py",
     PACKAGE / "models" / "modeling_fissile.py",
     PACKAGE / "kernels" / "layout.py",
 )

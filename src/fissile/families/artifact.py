@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fissile.errors import CorruptCheckpoint
-from fissile.families.base import Family
+from fissile.families.base import Dims, Family
 from fissile.families.names import attention_and_norms
 from fissile.families.table import dims_of
 
@@ -47,9 +47,11 @@ def mlp_shapes(
         if routing.get("shared_bias"):
             found["shared.down_proj.bias"] = (hidden,)
     if routing["kind"] == "layerwise":
-        found |= {"selector.weight": (experts, hidden), "selector.bias": (experts,)}
+        found |= selector_shapes(routing, hidden)
     if routing["kind"] == "static":
         return found
+    if routing.get("restore"):
+        found["restore"] = (experts, hidden)
     if routing["layout"] == "membership":
         return found | gated("pool", sum(size for size, _ in routing["blocks"][layer]))
     size = routing["expert_sizes"][layer]
@@ -64,20 +66,61 @@ def router_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[
     if routing is None or routing["kind"] != "pregate":
         return {}
     dims, router = dims_of(family, config), routing["router"]
-    joint, inner = dims.hidden + router["attention_dim"], router["inner_dim"]
     heads = dims.layers if routing["per_layer"] else 1
-    attention = f"layers.{dims.layers}"
-    return {
-        "norm_in": (dims.hidden,),
+    choices, inner = heads * routing["num_experts"], router["inner_dim"]
+    found: dict[str, tuple[int, ...]] = {}
+    if routing.get("selection_bias"):
+        found["balance"] = (heads, routing["num_experts"])
+    if router.get("block") == "readme":
+        return found | _readme_shapes(router, dims, choices)
+    joint, block = dims.hidden, router.get("block", "attention")
+    if block not in ("attention", "token"):
+        raise ValueError(f"router block {block!r}")
+    if block == "attention":
+        outputs, joint = router["attention_dim"], dims.hidden + router["attention_dim"]
+        heads = router.get("query_heads")
+        query = dims.kv_width if heads is None else heads * dims.head_dim
+        widths = {"q": query, "k": dims.kv_width, "v": dims.kv_width}
+        found["norm_in"] = (dims.hidden,)
+        for name, width in widths.items():
+            found[f"layers.{dims.layers}.{name}_proj.weight"] = (width, dims.hidden)
+        found[f"layers.{dims.layers}.o_proj.weight"] = (outputs, query)
+    return found | {
         "norm_out": (joint,),
-        f"{attention}.q_proj.weight": (dims.q_width, dims.hidden),
-        f"{attention}.k_proj.weight": (dims.kv_width, dims.hidden),
-        f"{attention}.v_proj.weight": (dims.kv_width, dims.hidden),
-        f"{attention}.o_proj.weight": (router["attention_dim"], dims.q_width),
         "gate_proj.weight": (inner, joint),
         "up_proj.weight": (inner, joint),
-        "down_proj.weight": (heads * routing["num_experts"], inner),
+        "down_proj.weight": (choices, inner),
     }
+
+
+def selector_shapes(routing: Mapping[str, Any], hidden: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer-wise router's tensors by name within `mlp`."""
+    experts, kind = routing["num_experts"], routing.get("selector", "linear")
+    if kind == "linear":
+        found = {"selector.weight": (experts, hidden), "selector.bias": (experts,)}
+    elif kind in ("glu", "spectral"):
+        rows = (experts * routing.get("selector_rank", 1), hidden)
+        found = {"selector.gate": rows, "selector.up": rows}
+    else:
+        raise ValueError(f"selector {kind!r}")
+    if routing.get("selection_bias"):
+        found["selector.balance"] = (experts,)
+    return found
+
+
+def _readme_shapes(
+    router: Mapping[str, Any], dims: Dims, choices: int
+) -> dict[str, tuple[int, ...]]:
+    width, inner = router["width"], router["inner_dim"]
+    query = router.get("query_heads", 4) * dims.head_dim
+    found: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (dims.vocab, width)}
+    found |= {f"norm_{where}": (width,) for where in ("in", "mid", "out")}
+    linears = {f"layers.{dims.layers}.{name}_proj": (query, width) for name in "qkv"}
+    linears[f"layers.{dims.layers}.o_proj"] = (width, query)
+    linears |= {"up_proj": (inner, width), "down_proj": (width, inner), "head": (choices, width)}
+    for name, shape in linears.items():
+        found |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return found
 
 
 def nested_parts(

@@ -29,6 +29,10 @@ class UnitStore:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
+    def under(self, name: str) -> UnitStore:
+        """A store of its own below this one."""
+        return UnitStore(None if self.folder is None else self.folder / name)
+
     def path(self, unit: str) -> Path | None:
         """File of a unit, or None when nothing is kept."""
         return None if self.folder is None else self.folder / f"{unit}.safetensors"

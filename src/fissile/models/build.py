@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from fissile.families.base import Family
-from fissile.models.configuration_fissile import FissileConfig
+from fissile.models.configuration_fissile import FissileConfig, stock_class
 from fissile.models.modeling_fissile import FissileDecoderLayer, FissileForCausalLM
+from fissile.models.routers_fissile import router_block
 
 DROPPED = (
     "model_type",
@@ -65,15 +66,18 @@ def dense_config(stock: dict[str, Any], family: Family) -> FissileConfig:
 
 
 def with_routing(config: FissileConfig, routing: dict[str, Any] | None) -> FissileConfig:
-    """Copy of `config` with another routing; a pre-gating router adds its cache layer."""
+    """Copy of `config` with another routing; a router with attention adds its cache layer."""
     fields = config.to_dict()
     for name in (*DROPPED, "num_experts", "num_experts_per_tok", "moe_intermediate_size"):
         fields.pop(name, None)
     layers = config.num_base_layers
-    extra = int(routing is not None and routing["kind"] == "pregate")
-    fields["routing"] = routing
-    fields["num_hidden_layers"] = layers + extra
-    fields["layer_types"] = fields["layer_types"][:layers] + ["full_attention"] * extra
+    fields |= {"routing": routing, "num_hidden_layers": layers}
+    fields["layer_types"] = fields["layer_types"][:layers]
+    copy = FissileConfig(**fields)
+    if router_block(copy) in (None, "token"):
+        return copy
+    fields["num_hidden_layers"] = layers + 1
+    fields["layer_types"] = [*fields["layer_types"], "full_attention"]
     return FissileConfig(**fields)
 
 
@@ -109,6 +113,4 @@ def empty_model(config: FissileConfig) -> FissileForCausalLM:
 
 def rotary_of(config: FissileConfig) -> nn.Module:
     """The backbone's rotary embedding on the CPU (its buffers are computed, never stored)."""
-    from fissile.models.modules_fissile import stock_class
-
     return stock_class(config, "RotaryEmbedding")(config)

@@ -5,6 +5,9 @@ This file is copied into every artifact and must work there without the fissile 
 
 from __future__ import annotations
 
+import importlib
+import re
+from types import ModuleType
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -20,7 +23,11 @@ class FissileConfig(PretrainedConfig):
         num_base_layers: decoder layers. `num_hidden_layers` counts one more when a pre-gating
             router keeps its keys and values in the cache as a layer of its own.
         routing: None for a dense model, else `kind`, `num_experts`, `top_k`, `shared_sizes`,
-            `expert_sizes`, `per_layer`, `layout`, `blocks`, `router`.
+            `expert_sizes`, `per_layer`, `layout`, `blocks`, `router`, and optionally
+            `restore` (see `modules.restored`), `selector` ("linear", "glu", "spectral") with
+            `selector_rank`, `selection_bias`, `threshold` (one per layer) with `max_k` (see
+            `routers.choose`). `router` holds `block` ("attention", "token", "readme"),
+            `query_heads`, `inner_dim`, and `attention_dim` or, for "readme", `width`.
         nested: None for float weights, else `layout`, `widths`, `group_size`, `modules`.
         bits: width that is served, one of `nested["widths"]`; None with float weights.
     """
@@ -67,7 +74,7 @@ class FissileConfig(PretrainedConfig):
         if routing and routing["kind"] != "static":
             # Serving engines read these three to recognise a mixture of experts.
             self.num_experts = routing["num_experts"]
-            self.num_experts_per_tok = routing["top_k"]
+            self.num_experts_per_tok = slots_of(routing)
             self.moe_intermediate_size = routing["expert_sizes"][0]
 
     def check_bits(self) -> int | None:
@@ -87,3 +94,25 @@ class FissileConfig(PretrainedConfig):
         if bits not in widths:
             raise ValueError(f"bits={bits}: this model serves {', '.join(map(str, widths))}")
         return bits
+
+
+def slots_of(routing: dict[str, Any]) -> int:
+    """Most experts that a token may choose: `max_k` where a threshold decides, else `top_k`."""
+    return int(routing["max_k"] if routing.get("threshold") else routing["top_k"])
+
+
+def stock_module(config: FissileConfig) -> ModuleType:
+    """Import the transformers module that holds the backbone's classes.
+
+    Raises:
+        ValueError: the name in the config is no plain module name.
+    """
+    name = str(config.backbone["module"])
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise ValueError(f"config.backbone.module {name!r} is not a module of transformers.models")
+    return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+
+def stock_class(config: FissileConfig, suffix: str) -> Any:
+    """Return the backbone's class, e.g. "Attention" -> LlamaAttention."""
+    return getattr(stock_module(config), config.backbone["prefix"] + suffix)

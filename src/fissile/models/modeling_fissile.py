@@ -24,15 +24,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from fissile.models.configuration_fissile import FissileConfig
-from fissile.models.modules_fissile import (
-    FissileExperts,
+from fissile.models.configuration_fissile import FissileConfig, stock_class
+from fissile.models.modules_fissile import FissileExperts, RoutedMLP, nest_linears
+from fissile.models.routers_fissile import (
     PreGateRouter,
+    ReadMeRouter,
     Route,
-    RoutedMLP,
-    choose,
-    nest_linears,
-    stock_class,
+    Selector,
+    build_router,
+    choose_layers,
 )
 
 
@@ -194,9 +194,14 @@ class FissilePreTrainedModel(PreTrainedModel):
         if isinstance(module, FissileExperts):
             for weight in (module.gate_up_proj, module.down_proj):
                 init.normal_(weight, std=self.config.initializer_range)
-        elif isinstance(module, PreGateRouter):
-            init.ones_(module.norm_in)
-            init.ones_(module.norm_out)
+        elif isinstance(module, RoutedMLP | Selector | PreGateRouter | ReadMeRouter):
+            for name, weight in module.named_parameters(recurse=False):
+                if name.startswith("norm"):
+                    init.ones_(weight)
+                elif name in ("restore", "balance", "bias"):
+                    init.zeros_(weight)
+                else:
+                    init.normal_(weight, std=self.config.initializer_range)
         elif hasattr(module, "scalar_embed_scale"):
             init.constant_(module.embed_scale, module.scalar_embed_scale)
         elif isinstance(module, stock_class(self.config, "RotaryEmbedding")):
@@ -214,28 +219,26 @@ class FissileModel(FissilePreTrainedModel):
         super().__init__(config)
         layers = config.num_base_layers
         self.embed_tokens = build_embedding(config)
-        self.router: PreGateRouter | None = None
-        if config.routing is not None and config.routing["kind"] == "pregate":
-            self.router = PreGateRouter(config, layers)
+        self.router = build_router(config)
         self.layers = nn.ModuleList([FissileDecoderLayer(config, i) for i in range(layers)])
         self.norm = stock_class(config, "RMSNorm")(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = stock_class(config, "RotaryEmbedding")(config)
         self.post_init()
 
     def route(
-        self, inputs_embeds: Tensor, context: dict[str, Any], **kwargs: Any
+        self,
+        inputs_embeds: Tensor,
+        input_ids: Tensor | None,
+        context: dict[str, Any],
+        **kwargs: Any,
     ) -> list[Route | None]:
         """One route per layer; the same one for all unless the router has per-layer heads."""
-        layers = len(self.layers)
         if self.router is None:
-            return [None] * layers
-        assert self.config.routing is not None
-        logits_HTE = self.router(inputs_embeds, **context["full_attention"], **kwargs)
+            return [None] * len(self.layers)
+        where = context.get("full_attention", {})
+        logits_HTE = self.router(inputs_embeds, input_ids, **where, **kwargs)
         train = self.training and torch.is_grad_enabled()
-        routes: list[Route | None] = [
-            choose(logits, self.config.routing["top_k"], train) for logits in logits_HTE
-        ]
-        return routes if len(routes) > 1 else routes * layers
+        return [*choose_layers(self.config, logits_HTE, self.router.balance, train)]
 
     @merge_with_config_defaults
     @capture_outputs
@@ -263,7 +266,7 @@ class FissileModel(FissilePreTrainedModel):
             position_ids,
             past_key_values,
         )
-        routes = self.route(inputs_embeds, context, **kwargs)
+        routes = self.route(inputs_embeds, input_ids, context, **kwargs)
         hidden_states = inputs_embeds
         for layer, route in zip(self.layers, routes, strict=True):
             hidden_states = layer(hidden_states, route, context, **kwargs)

@@ -1,48 +1,24 @@
-"""Parts of a Fissile model: bit-nested weights, shared and routed experts, the pre-gating router.
+"""Parts of a Fissile model: bit-nested weights, shared and routed experts.
 
 This file is copied into every artifact and must work there without the fissile package. Rules
 that serving engines impose are marked "engine:".
 
 Shapes: B batch, S sequence, T = B*S tokens, D model width, F FFN width, M neurons per expert,
-E routed experts, K chosen per token, L layers, R width of the router's attention output.
+E routed experts, K slots per token.
 """
 
 from __future__ import annotations
 
-import importlib
-import re
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fissile.kernels.layout import dequantize, part_shape, segment_names
-from fissile.models.configuration_fissile import FissileConfig
-
-Route = tuple[Tensor, Tensor]
-"""Chosen experts of every token, int64 (T, K), and their weights (T, K)."""
-
-
-def stock_module(config: FissileConfig) -> ModuleType:
-    """Import the transformers module that holds the backbone's classes.
-
-    Raises:
-        ValueError: the name in the config is no plain module name.
-    """
-    name = str(config.backbone["module"])
-    if not re.fullmatch(r"[a-z0-9_]+", name):
-        raise ValueError(f"config.backbone.module {name!r} is not a module of transformers.models")
-    return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-
-
-def stock_class(config: FissileConfig, suffix: str) -> Any:
-    """Return the backbone's class, e.g. "Attention" -> LlamaAttention."""
-    return getattr(stock_module(config), config.backbone["prefix"] + suffix)
+from fissile.models.configuration_fissile import FissileConfig, slots_of
+from fissile.models.routers_fissile import Route, Selector, choose
 
 
 class NestedTensor(nn.Module):
@@ -175,11 +151,12 @@ def run_experts(
         act_fn: activation of the gate.
         x_TD: inputs of the MLP.
         index_TK: chosen experts, int64.
-        weights_TK: weight of each chosen expert's output.
+        weights_TK: weight of each chosen expert's output; where it is zero nothing is computed.
     """
     out_TD = torch.zeros_like(x_TD)
-    for expert in torch.unique(index_TK).tolist():
-        token, slot = torch.where(index_TK == expert)
+    taken_TK = weights_TK != 0
+    for expert in torch.unique(index_TK[taken_TK]).tolist():
+        token, slot = torch.where((index_TK == expert) & taken_TK)
         gate_up, down = weights(expert)
         gate, up = nn.functional.linear(x_TD[token], gate_up).chunk(2, dim=-1)
         y = nn.functional.linear(act_fn(gate) * up, down)
@@ -205,34 +182,39 @@ class FissilePool(GatedMLP):
             begin += size
         return torch.cat(ranges)
 
-    def forward(self, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:  # type: ignore[override]
+    def kept(self, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Activations of the chosen experts' neurons, zero elsewhere, (T, P)."""
         h_TP = self.neurons(x_TD)
         keep_TP = torch.zeros_like(h_TP)
-        for expert in torch.unique(index_TK).tolist():
-            token, slot = torch.where(index_TK == expert)
+        taken_TK = weights_TK != 0
+        for expert in torch.unique(index_TK[taken_TK]).tolist():
+            token, slot = torch.where((index_TK == expert) & taken_TK)
             rows = self.rows(expert).to(x_TD.device)
             # A neuron that several chosen experts share is still computed once.
             block = weights_TK[token, slot, None].to(h_TP.dtype).expand(-1, len(rows))
             keep_TP[token[:, None], rows[None, :]] = block
-        return self.down_proj(h_TP * keep_TP)
+        return h_TP * keep_TP
+
+    def forward(self, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:  # type: ignore[override]
+        return self.down_proj(self.kept(x_TD, index_TK, weights_TK))
 
 
-def choose(logits_TE: Tensor, top_k: int, straight_through: bool) -> Route:
-    """The `top_k` experts of every token, with weight one each.
+def restored(restore_ED: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """What the layer's bias holds in place of the experts that were chosen, (T, D).
 
-    In training the weight is 1 + p - stop(p), so the language-model loss reaches the router.
+    The bias carries sum_e restore[e], the mean output of experts that are not computed; those that
+    are computed take their share back.
     """
-    index_TK = torch.topk(logits_TE, top_k, dim=-1).indices
-    if not straight_through:
-        return index_TK, torch.ones_like(index_TK, dtype=logits_TE.dtype)
-    p_TK = torch.softmax(logits_TE.float(), dim=-1).gather(-1, index_TK)
-    return index_TK, (1.0 + p_TK - p_TK.detach()).to(logits_TE.dtype)
+    chosen_TE = weights_TK.new_zeros(len(index_TK), len(restore_ED))
+    chosen_TE = chosen_TE.scatter_add(1, index_TK, weights_TK)
+    return chosen_TE.to(restore_ED.dtype) @ restore_ED
 
 
 class RoutedMLP(nn.Module):
     """Shared neurons, always computed, plus the chosen routed experts.
 
     Attributes:
+        restore: (E, D) subtracted for every chosen expert; see `restored`. None without it.
         override: replaces the router when set: a function from the MLP's input (T, D) to a route.
             Controls (random, oracle) are expressed with it.
     """
@@ -241,17 +223,23 @@ class RoutedMLP(nn.Module):
         super().__init__()
         routing, prefix = config.routing, f"model.layers.{layer_idx}.mlp"
         shared = config.intermediate_size
-        self.selector: nn.Linear | None = None
+        self.selector: Selector | None = None
         self.experts: nn.Module | None = None
         self.pool: FissilePool | None = None
         self.override: Callable[[Tensor], Route] | None = None
+        self.restore: nn.Parameter | None = None
         if routing is not None:
             shared = routing["shared_sizes"][layer_idx]
-            self.top_k = routing["top_k"]
+            self.num_experts = routing["num_experts"]
+            self.top_k, self.slots = routing["top_k"], slots_of(routing)
+            thresholds = routing.get("threshold")
+            self.threshold = thresholds[layer_idx] if thresholds else None
             if routing["kind"] == "layerwise":
-                self.selector = nn.Linear(config.hidden_size, routing["num_experts"])
+                self.selector = Selector(config)
             if routing["kind"] != "static":
                 self._build_experts(config, layer_idx, prefix)
+            if routing.get("restore") and routing["kind"] != "static":
+                self.restore = nn.Parameter(torch.zeros(routing["num_experts"], config.hidden_size))
         bias = bool(routing and routing.get("shared_bias"))
         self.shared = GatedMLP(config, shared, f"{prefix}.shared", bias) if shared else None
 
@@ -268,13 +256,22 @@ class RoutedMLP(nn.Module):
             else FissileExperts(config, size)
         )
 
+    @property
+    def routes(self) -> bool:
+        """Whether anything is chosen here: there are routed neurons."""
+        return self.experts is not None or self.pool is not None
+
     def decide(self, x_TD: Tensor, route: Route | None) -> Route | None:
         """The route that this layer follows, given the pre-gating router's."""
         if self.override is not None:
             return self.override(x_TD)
         if self.selector is not None:
             return choose(
-                self.selector(x_TD), self.top_k, self.training and torch.is_grad_enabled()
+                self.selector(x_TD),
+                self.slots,
+                self.training and torch.is_grad_enabled(),
+                balance_E=self.selector.balance,
+                threshold=self.threshold,
             )
         return route
 
@@ -286,85 +283,6 @@ class RoutedMLP(nn.Module):
             route = self.decide(x_TD, route)
             assert route is not None
             out_TD = out_TD + routed(x_TD, *route)
+            if self.restore is not None:
+                out_TD = out_TD - restored(self.restore, *route).to(out_TD.dtype)
         return out_TD.view_as(hidden_states)
-
-
-class RouterAttention(nn.Module):
-    """Causal attention with the backbone's heads; keys and values live in cache layer L."""
-
-    def __init__(self, config: FissileConfig, layer_idx: int, out_features: int) -> None:
-        super().__init__()
-        width, heads, kv = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-        )
-        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
-        self.head_dim = getattr(config, "head_dim", None) or width // heads
-        self.num_key_value_groups, self.scaling = heads // kv, self.head_dim**-0.5
-        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, kv * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, kv * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * self.head_dim, out_features, bias=False)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        stock = stock_module(self.config)
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = stock.apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        # engine: exactly one call of the interface, so that it can be found and replaced.
-        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, stock.eager_attention_forward
-        )
-        out, _ = attention(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
-        )
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous())
-
-
-class PreGateRouter(nn.Module):
-    """One Llama-style block over the token embeddings; decides before layer 0 for all layers.
-
-    logits = down(silu(gate n) * up n), n = [e, attention(w_in * e / rms(e))] * w_out / rms(e).
-    Both halves are normalised by the embedding's rms alone: this is the shape that can be lowered
-    into one more layer of a stock architecture.
-    """
-
-    def __init__(self, config: FissileConfig, layer_idx: int) -> None:
-        super().__init__()
-        assert config.routing is not None
-        dims, width = config.routing["router"], config.hidden_size
-        joint, inner = width + dims["attention_dim"], dims["inner_dim"]
-        self.heads = config.num_base_layers if config.routing["per_layer"] else 1
-        self.num_experts, self.eps = config.routing["num_experts"], config.rms_norm_eps
-        self.norm_in = nn.Parameter(torch.ones(width))
-        self.norm_out = nn.Parameter(torch.ones(joint))
-        # engine: a path to an attention module holds exactly one integer, unique in the model.
-        self.layers = nn.ModuleDict(
-            {str(layer_idx): RouterAttention(config, layer_idx, dims["attention_dim"])}
-        )
-        self.gate_proj = nn.Linear(joint, inner, bias=False)
-        self.up_proj = nn.Linear(joint, inner, bias=False)
-        self.down_proj = nn.Linear(inner, self.heads * self.num_experts, bias=False)
-
-    def forward(self, inputs_embeds: Tensor, **context: Any) -> Tensor:
-        """Embeddings (B, S, D) to logits (heads, T, E); heads is 1 or the number of layers."""
-        e = inputs_embeds.float()
-        inverse_rms = torch.rsqrt(e.pow(2).mean(-1, keepdim=True) + self.eps)
-        scaled = (e * inverse_rms * self.norm_in).to(inputs_embeds.dtype)
-        attended = next(iter(self.layers.values()))(scaled, **context)
-        joint = torch.cat([e, attended.float()], dim=-1) * inverse_rms * self.norm_out
-        joint = joint.to(inputs_embeds.dtype)
-        inner = nn.functional.silu(self.gate_proj(joint)) * self.up_proj(joint)
-        return self.down_proj(inner).reshape(-1, self.heads, self.num_experts).transpose(0, 1)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fissile.models.build import empty_layer, prepare_parts, rotary_of
-from fissile.models.configuration_fissile import FissileConfig
+from fissile.models.configuration_fissile import FissileConfig, stock_class
 from fissile.models.modeling_fissile import (
     FissileDecoderLayer,
     build_context,
     build_embedding,
 )
-from fissile.models.modules_fissile import PreGateRouter, Route, choose, stock_class
+from fissile.models.routers_fissile import Route, Router, build_router, choose_layers
 
 
 class StateSource(Protocol):
@@ -54,11 +54,11 @@ class StreamedModel:
         self.norm = norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
         self.norm.weight = nn.Parameter(outer["model.norm.weight"], requires_grad=False)
         self.rotary = rotary_of(self.config)
-        self.router: PreGateRouter | None = None
+        self.router: Router | None = None
         prefix = "model.router."
         state = {k.removeprefix(prefix): v for k, v in outer.items() if k.startswith(prefix)}
-        if state:
-            self.router = PreGateRouter(self.config, self.config.num_base_layers).eval()
+        if state and (router := build_router(self.config)) is not None:
+            self.router = router.eval()
             self.router.load_state_dict(state, assign=True)
 
     @property
@@ -83,21 +83,20 @@ class StreamedModel:
         return build_context(self.config, self.rotary, hidden_BSD)
 
     @torch.no_grad()
-    def routes(self, embeds_BSD: Tensor) -> list[Route | None]:
+    def routes(self, ids_BS: Tensor) -> list[Route | None]:
         """The pre-gating router's decisions per layer, or None per layer without such a router."""
-        if self.router is None or self.config.routing is None:
+        if self.router is None:
             return [None] * self.num_layers
-        context = self.context(embeds_BSD)["full_attention"]
-        top_k = self.config.routing["top_k"]
-        logits_HTE = self.router(embeds_BSD, **context)
-        routes: list[Route | None] = [choose(logits, top_k, False) for logits in logits_HTE]
-        return routes if len(routes) > 1 else routes * self.num_layers
+        embeds_BSD = self.embed(ids_BS)
+        context = self.context(embeds_BSD).get("full_attention", {})
+        logits_HTE = self.router(embeds_BSD, ids_BS, **context)
+        return [*choose_layers(self.config, logits_HTE, self.router.balance, False)]
 
     @torch.no_grad()
     def forward(self, ids_BS: Tensor) -> Tensor:
         """Logits (B, S, V) of windows without padding, one layer in memory at a time."""
-        embeds_BSD = hidden_BSD = self.embed(ids_BS)
-        for i, route in enumerate(self.routes(embeds_BSD)):
+        hidden_BSD = self.embed(ids_BS)
+        for i, route in enumerate(self.routes(ids_BS)):
             hidden_BSD = self.layer(i)(hidden_BSD, route, self.context(hidden_BSD))
         return self.logits(hidden_BSD)
 

@@ -11,7 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from fissile.run.metrics import Metrics, Recovery, Score, Variant, WidthScore
+from fissile.run.gap import variant_gap
+from fissile.run.metrics import (
+    Metrics,
+    Recovery,
+    Score,
+    WidthScore,
+    find_variant,
+    find_width,
+    shares,
+)
 
 Verdict = Literal["better", "worse", "same"]
 Level = Literal["good", "note", "warning"]
@@ -25,6 +34,15 @@ LABELS = {
     "pregate": "pre-gating router",
     "oracle": "oracle router",
     "all_experts": "all experts",
+    "per_layer": "pre-gating, a head per layer",
+    "mean_gate": "mean gate rows",
+    "spectral": "spectral router",
+    "token": "pre-gating by token id",
+    "readme": "Read-ME",
+    "cmoe": "CMoE",
+    "expertweaver": "ExpertWeaver",
+    "emoe": "EMoE",
+    "oracle_layerwise": "oracle, layer-wise experts",
     "none": "before recovery",
     "refit": "after the re-fit",
     "trained": "after training",
@@ -109,25 +127,6 @@ def advise(metrics: Metrics) -> list[Advice]:
     ]
 
 
-def find_variant(metrics: Metrics, name: str, share: float, recovery: str) -> Variant | None:
-    """The measurement of one control, or None."""
-    for v in metrics.variants:
-        if (v.name, v.recovery) == (name, recovery) and math.isclose(v.share, share):
-            return v
-    return None
-
-
-def find_width(metrics: Metrics, method: str, bits: int | None) -> WidthScore | None:
-    """The measurement of one quantized model, or None."""
-    ours = (w for w in metrics.widths if w.of == "converted")
-    return next((w for w in ours if (w.method, w.bits) == (method, bits)), None)
-
-
-def shares(metrics: Metrics) -> list[float]:
-    """Active shares below 1 that were measured, largest first."""
-    return sorted({v.share for v in metrics.variants if v.share < 1}, reverse=True)
-
-
 def _checks(metrics: Metrics) -> Iterator[Advice]:
     failed = [check for check in metrics.verify if not check.ok]
     if failed:
@@ -161,8 +160,8 @@ def _against_static(metrics: Metrics, name: str, share: float) -> Iterator[Advic
         where = f"At active share {share:g} ({LABELS[recovery]})"
         what = f"perplexity with the {LABELS[name]} is {against} than the static model's"
         if against.verdict == "better":
-            oracle = find_variant(metrics, "oracle", share, recovery)
-            closed = _gap_closed(static, routed, oracle)
+            gap = variant_gap(metrics, routed, "static")
+            closed = f" It closes {gap} of the gap to the oracle router." if gap else ""
             yield Advice("good", "routing", f"{where} routing pays: {what}.{closed}{unpaired}")
         elif against.verdict == "worse":
             yield Advice(
@@ -181,16 +180,6 @@ def _against_static(metrics: Metrics, name: str, share: float) -> Iterator[Advic
         return
     if unpaired:
         yield Advice("note", "routing", f"At active share {share:g} nothing compares:{unpaired}")
-
-
-def _gap_closed(static: Score, routed: Score, oracle: Score | None) -> str:
-    if oracle is None or not (static.ppl and routed.ppl and oracle.ppl):
-        return ""
-    gap = math.log(static.ppl / oracle.ppl)
-    if gap <= 0:
-        return ""
-    closed = math.log(static.ppl / routed.ppl) / gap
-    return f" It closes {100 * closed:.0f} % of the gap to the oracle router."
 
 
 def _router(metrics: Metrics) -> Iterator[Advice]:

@@ -19,9 +19,17 @@ WIDTH = 9.2
 
 NAMES = {
     "all_experts": "all experts",
+    "cmoe": "CMoE",
+    "emoe": "EMoE",
+    "expertweaver": "ExpertWeaver",
     "gptq": "GPTQ",
+    "mean_gate": "mean gate",
+    "oracle_layerwise": "oracle, layer-wise",
+    "per_layer": "pre-gating, per layer",
     "pregate": "pre-gating",
+    "readme": "Read-ME",
     "rtn": "RTN",
+    "token": "pre-gating, token id",
 }
 
 
@@ -88,7 +96,7 @@ def draw_legend(figure: Figure, methods: Sequence[str], theme: Theme, *, line: b
         )
         for m in methods
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=9)
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 7), fontsize=9)
 
 
 def ratio_ticks(axis: Any) -> None:

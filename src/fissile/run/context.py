@@ -23,6 +23,7 @@ from fissile.run.ledger import Ledger
 if TYPE_CHECKING:
     from fissile.models.source import CheckpointSource
     from fissile.refactor.calibrate import Windows
+    from fissile.refactor.workers import Workers
 
 Progress = Callable[[str, int, int, str], None]
 log = logging.getLogger("fissile")
@@ -39,6 +40,7 @@ class RunContext:
         journal: what is already done.
         ledger: exceptions so far.
         progress: where progress is shown.
+        workers: processes that train together; this one alone without `accelerate launch`.
         stop: set by a signal; `tick` turns it into `Interrupted` at the next unit boundary.
     """
 
@@ -48,6 +50,7 @@ class RunContext:
     journal: Journal
     ledger: Ledger
     progress: Progress
+    workers: Workers
     stop: threading.Event = field(default_factory=threading.Event)
 
     def tick(self, stage: str, done: int, total: int, detail: str) -> None:

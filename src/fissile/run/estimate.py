@@ -12,10 +12,13 @@ outputs of a linear, W widths. All sizes in bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fissile.config import Recipe
 from fissile.run.costs import COSTS, Costs, Shape, StageCost
+
+# Of one multiple-choice item in each of four domains: four choices after a question.
+_ITEM_TOKENS = 4 * 4 * 110
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,11 @@ class Estimator:
             passes = 6.0 * tokens * dims.layers * dims.hidden * dims.ffn
             work += self._pass(tokens, self.recipe.calibrate.context)
             work += (wanted.refine_rounds + 2) * passes
+        if wanted.method == "fissile" and wanted.allocation == "kl":
+            # A residual stream per pruned layer beside the dense one; on average half the layers.
+            tokens = min(wanted.allocation_tokens, self.recipe.calibrate.tokens)
+            memory |= {"streams": 4.0 * (dims.layers + 1) * tokens * dims.hidden}
+            work += (dims.layers / 2 + 1) * self._pass(tokens, self.recipe.calibrate.context)
         return self._cost("extract", memory, 8 * dims.layers * dims.ffn, work)
 
     def _route(self) -> StageCost:
@@ -163,21 +171,31 @@ class Estimator:
         wanted, shape = self.recipe.calibrate, self.shape
         if not self.recipe.recover.refit or not shape.shared:
             return self._cost("refit", {})
-        # Moments of fitted and held-out tokens and a solve, all in float64.
-        moments = 8.0 * (3 * shape.shared**2 + 4 * shape.shared * shape.dims.hidden)
-        tokens = min(wanted.tokens, self.recipe.recover.refit_tokens)
+        settings, dims = self.recipe.recover, shape.dims
+        fitted = shape.shared
+        if settings.refit_scope == "all":
+            fitted += shape.num_experts * shape.expert
+        inputs = fitted + (shape.num_experts if settings.restore else 0)
+        # Moments and a solve in float64, a candidate per ridge.
+        moments = 8.0 * (3 * inputs**2 + 6 * inputs * dims.hidden)
+        tokens = min(wanted.tokens, settings.refit_tokens)
+        # Inputs and residuals of the held-out windows; the dense model's stream as a target.
+        held = 4.0 * tokens / 8 * 2 * dims.hidden
+        beside = 4.0 * tokens * dims.hidden * (settings.refit_target == "stream")
         memory = self._streamed(tokens, models=2) | {
-            "activations": 2 * self._forward(wanted.batch_tokens, wanted.context),
-            "moments": moments,
+            "dense stream": beside,
+            "activations": 2 * self._forward(wanted.batch_tokens, wanted.context)
+            + 4.0 * wanted.batch_tokens * inputs,
+            "moments": moments + held,
         }
-        disk = 4.0 * shape.dims.layers * shape.shared * shape.dims.hidden
-        products = 2.0 * tokens * shape.dims.layers * shape.shared**2
+        disk = 4.0 * dims.layers * inputs * dims.hidden
+        products = 2.0 * tokens * dims.layers * inputs**2
         work = 3 * self._pass(tokens, wanted.context) + products
         return self._cost("refit", memory, disk, work)
 
     def _train(self) -> StageCost:
         wanted, shape, costs = self.recipe.recover, self.shape, self.costs
-        if wanted.method == "none" or not wanted.steps:
+        if not wanted.trains:
             return self._cost("train", {})
         dims, size = shape.dims, costs.float_bytes
         linears = [*shape.attention, *[(dims.hidden, dims.ffn)] * 3]
@@ -192,11 +210,29 @@ class Estimator:
             "activations": size * tokens * dims.layers * (copies + scores),
             "logits": costs.logit_copies * size * tokens * dims.vocab,
         }
-        # Student forward and backward, teacher forward; adapters need no weight gradients.
-        per_weight = 10.0 if wanted.method == "full" else 8.0
-        weights = dims.layers * shape.layer_weights + dims.vocab * dims.hidden
-        disk = size * (shape.total_weights + 3 * trained)
-        return self._cost("train", memory, disk, per_weight * wanted.steps * tokens * weights)
+        # Values, indices and the rest's mass of every calibration token that is read.
+        kept = wanted.teacher_top_k * (4 if dims.vocab <= 1 << 16 else 6) + 4
+        targets = float(min(self.recipe.calibrate.tokens, self._read_tokens()) * kept)
+        stages = max(1, 2 * wanted.alternate.rounds)
+        disk = size * (shape.total_weights + 3 * trained * stages) + targets
+        cost = self._cost("train", memory, disk, self._training())
+        return replace(cost, seconds=(wanted.seconds,) * 2) if wanted.seconds else cost
+
+    def _read_tokens(self) -> int:
+        """Tokens that the training reads; of a budget in seconds no more than all, once."""
+        wanted = self.recipe.recover
+        step = max(wanted.batch_tokens, wanted.context) * wanted.accumulate
+        steps = wanted.steps_of(step)
+        return self.recipe.calibrate.tokens if steps is None else steps * step
+
+    def _training(self) -> float:
+        """Operations: student forward and backward, teacher forward once a token or every time."""
+        wanted, dims, read = self.recipe.recover, self.shape.dims, self._read_tokens()
+        weights = dims.layers * self.shape.layer_weights + dims.vocab * dims.hidden
+        once = min(self.recipe.calibrate.tokens, read) if wanted.teacher_top_k else read
+        # Adapters need no weight gradients.
+        per_weight = 8.0 if wanted.method == "full" else 6.0
+        return (per_weight * read + 2.0 * once) * weights
 
     def _quantize(self) -> StageCost:
         """One layer and its stream, and the largest of: forward, Hessian, solve."""
@@ -276,6 +312,8 @@ class Estimator:
         }
         head = 2.0 * wanted.tokens * shape.dims.vocab * shape.dims.hidden
         work = models * (self._pass(wanted.tokens, wanted.context) + head)
+        served = 1 + widths + self.recipe.extract.enabled
+        work += served * self._pass(wanted.choices * _ITEM_TOKENS, wanted.context)
         cost = self._cost("evaluate", memory, 0, work)
         # Baselines are solved again, width by width; how much dearer than the whole is rounded up.
         shares = {"dedicated": 1.0, "gptq": 0.3, "rtn": 0.1}

@@ -1,4 +1,4 @@
-"""From statistics to experts and routers, for any active share; the recipe's own and the controls'.
+"""From partitions to routers, for the recipe's own experts and for the controls'.
 
 Shapes: N windows, S tokens per window, T tokens, D model width, F FFN width, E routed experts,
 L layers, H router heads.
@@ -8,94 +8,83 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fissile.config import Extract, Recipe
-from fissile.families.sizes import expert_sizes
+from fissile.config import Recipe
+from fissile.families.sizes import ExpertSizes
 from fissile.io.units import UnitStore
 from fissile.models.build import with_routing
 from fissile.models.stream import StreamedModel
 from fissile.refactor.align import align_experts
 from fissile.refactor.calibrate import Windows, measure_oracle
 from fissile.refactor.compensate import mean_restore
-from fissile.refactor.convert import AnyPartition, routing_of
-from fissile.refactor.domains import domain_masks, membership_partition
-from fissile.refactor.oracle import RoutingReport, routing_report, top_experts
-from fissile.refactor.partition import Partition, partition_neurons, random_partition
-from fissile.refactor.router import distill_router, oracle_targets, router_logits
+from fissile.refactor.convert import AnyPartition, ConvertedSource, routing_of
+from fissile.refactor.oracle import (
+    RoutingReport,
+    routing_report,
+    top_experts,
+)
+from fissile.refactor.partition import Partition
+from fissile.refactor.readme_router import distill_readme
+from fissile.refactor.router import (
+    choice_costs,
+    distill_router,
+    oracle_targets,
+    router_logits,
+)
+from fissile.refactor.sample import pick_windows
 from fissile.refactor.statistics import NeuronStatistics
-from fissile.refactor.training import Progress
+from fissile.run.extraction import Calibrated, partitions_of, stored_weights
+from fissile.run.rivals import RIVALS, overlap_targets_of, rival_experts
+from fissile.run.selectors import (
+    calibrate_layers,
+    calibrate_scores,
+    choice_routing,
+    judge_choices,
+    layer_selectors,
+)
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Experts of every layer with everything that can choose among them.
+    """Experts of every layer with what chooses among them.
 
     Attributes:
         partitions: neurons of every layer, expert indices aligned across layers.
-        selectors: per layer, the ridge router's "selector.weight" (E, D) and "selector.bias" (E,).
+        top_k: experts chosen per token.
+        selectors: per layer, tensors of a layer-wise router; empty lists of none.
         router: tensors of the pre-gating router; empty if none was trained.
-        curve: its training loss per step.
+        routing: further entries of `config.routing`: kind of selector, threshold, balance.
+        curve: the router's training loss per step.
         report: agreement with the oracle, load and so on, JSON.
     """
 
     partitions: list[AnyPartition]
+    top_k: int
     selectors: list[dict[str, Tensor]]
     router: dict[str, Tensor]
+    routing: dict[str, Any] = field(default_factory=dict)
     curve: list[float] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
 
 
-def compensated(recipe: Recipe) -> bool:
-    """Whether anything makes up for the mean of neurons that are not computed."""
-    return recipe.recover.refit or recipe.recover.method != "none"
-
-
-def extract_layer(
-    stats: NeuronStatistics, settings: Extract, share: float, seed: int, compensate: bool
-) -> AnyPartition:
-    """Partition one layer's neurons.
+def static_layer(stats: NeuronStatistics, sizes: ExpertSizes) -> tuple[Partition, Tensor]:
+    """The static control: FLAP's score on the FFN, and the bias that stands for what is dropped.
 
     Args:
         stats: of the layer.
-        settings: the recipe's `extract` section.
-        share: active share, which may differ from the recipe's.
-        seed: of the clustering.
-        compensate: decides the score "auto".
-    """
-    kind = settings.score
-    if kind == "auto":
-        kind = "fluctuation" if compensate else "energy"
-    scores = stats.score(kind)
-    if settings.method == "readme":
-        kept = round(share * len(scores) / settings.multiple) * settings.multiple
-        kept = min(len(scores), max(kept, settings.multiple))
-        return membership_partition(domain_masks(stats.mean_abs_NF(), kept))
-    sizes = expert_sizes(
-        len(scores), settings.num_experts, settings.top_k, share, settings.multiple
-    )
-    shared, experts = sizes.shared, sizes.num_experts
-    if settings.method == "random":
-        return random_partition(scores, shared_size=shared, num_experts=experts, seed=seed)
-    # Neurons of an expert should be active on the same tokens. Measured on the demo model: profiles
-    # of magnitude, mean included, halve the oracle's error compared with signed or centred ones.
-    features = stats.features(of="magnitude", centred=False)
-    return partition_neurons(scores, features, shared_size=shared, num_experts=experts, seed=seed)
-
-
-def static_layer(stats: NeuronStatistics, share: float, multiple: int) -> tuple[Partition, Tensor]:
-    """The static control: FLAP's score on the FFN, and the bias that stands for what is dropped.
+        sizes: of the routed layer; as many neurons are kept as that one computes.
 
     Returns:
         A partition whose one routed expert is dropped, and the mean activations (F,) from which
         `static_bias` makes the bias.
     """
     scores = stats.score("fluctuation")
-    kept = min(len(scores), round(share * len(scores) / multiple) * multiple)
+    kept = round(sizes.active_share * len(scores))
     order = torch.argsort(scores, descending=True, stable=True)
     order = torch.cat([order[:kept].sort().values, order[kept:].sort().values])
     partition = Partition(order, kept, len(scores) - kept, 1)
@@ -108,86 +97,183 @@ def static_bias(partition: Partition, mean_F: Tensor, down_DF: Tensor) -> Tensor
 
 
 def build_experts(
-    dense: StreamedModel,
-    windows: Windows,
-    partitions: Sequence[AnyPartition],
+    given: Calibrated,
     recipe: Recipe,
-    store: UnitStore,
-    *,
-    pregate: bool,
-    progress: Progress,
+    expert_store: UnitStore,
+    router_store: UnitStore,
+    path: StreamedModel | None = None,
 ) -> Experts:
-    """Measure the oracle, align experts, solve and train routers; finished parts are loaded.
+    """Partition, measure the oracle, align experts, solve or train routers.
 
     Args:
-        dense: the dense model.
-        windows: calibration text.
-        partitions: experts of every layer, not yet aligned.
-        recipe: its `route` section and seed.
-        store: units of the oracle pass and of the result.
-        pregate: train the pre-gating router too; ridge routers cost little and are always made.
-        progress: called as (stage, done, total, detail).
+        given: calibration.
+        recipe: its `extract` and `route` sections and seed.
+        expert_store: units of partitions and of the oracle pass; shared by recipes with the same
+            experts.
+        router_store: units of the routers.
+        path: a converted model on whose own activations the oracle is measured, instead of the
+            dense model's; its experts must be the recipe's.
     """
-    if store.has("experts"):
-        return _load(store, partitions)
-    settings = recipe.route
-    norms, solved = measure_oracle(
-        dense,
-        windows,
+    if recipe.extract.method in RIVALS:
+        partitions, selectors, routing, top_k = rival_experts(given, recipe, expert_store)
+        return Experts(partitions, top_k, selectors, {}, routing)
+    partitions, norms, ridges = _measured(given, recipe, expert_store, path)
+    if recipe.route.kind == "layerwise":
+        return _layerwise(given, recipe, partitions, norms, ridges, router_store, path)
+    return _pregated(given, recipe, partitions, norms, expert_store, router_store)
+
+
+def _measured(
+    given: Calibrated, recipe: Recipe, store: UnitStore, path: StreamedModel | None
+) -> tuple[list[AnyPartition], list[Tensor], list[dict[str, Tensor]]]:
+    """Aligned partitions, the oracle's norms (T, E) and ridge routers of every layer."""
+    partitions = partitions_of(given, recipe, store)
+    if path is not None:
+        partitions = _ordered(partitions, store.load("orders")[0])
+    norms, ridges = measure_oracle(
+        given.dense,
+        given.windows,
         partitions,
-        ridge=settings.ridge,
+        ridge=recipe.route.ridge,
         batch_tokens=recipe.calibrate.batch_tokens,
-        store=store,
-        progress=progress,
+        store=store.under("oracle" if path is None else "oracle_converted"),
+        path=path,
+        progress=given.progress,
     )
-    orders = align_experts(norms)
-    if not isinstance(partitions[0], Partition):
-        # Overlapping experts are domains: their indices mean the same in every layer already.
-        orders = [torch.arange(p.num_experts) for p in partitions]
-    aligned = [_reorder(p, order) for p, order in zip(partitions, orders, strict=True)]
-    norms_LTE = torch.stack([n[:, order] for n, order in zip(norms, orders, strict=True)])
-    selectors = [
-        {name: tensor[order] for name, tensor in selector.items()}
-        for selector, order in zip(solved, orders, strict=True)
+    if path is not None:
+        return partitions, norms, ridges
+    if not store.has("orders"):
+        orders = align_experts(norms)
+        if not isinstance(partitions[0], Partition):
+            # Overlapping experts are domains: their indices mean the same in every layer already.
+            orders = [torch.arange(p.num_experts) for p in partitions]
+        store.save("orders", {f"order.{i}": order for i, order in enumerate(orders)})
+    tensors = store.load("orders")[0]
+    orders = [tensors[f"order.{i}"] for i in range(len(partitions))]
+    aligned = _ordered(partitions, tensors)
+    norms = [norms_TE[:, order] for norms_TE, order in zip(norms, orders, strict=True)]
+    ridges = [
+        {name: tensor[order] for name, tensor in ridge.items()}
+        for ridge, order in zip(ridges, orders, strict=True)
     ]
-    router: dict[str, Tensor] = {}
-    curve: list[float] = []
-    report: dict[str, Any] = {}
-    if pregate:
-        router, curve, report = _pregate(
-            dense, windows, aligned, norms_LTE, recipe, store, progress
-        )
-    result = Experts(aligned, selectors, router, curve, report)
-    _save(store, result, orders)
-    return result
+    return aligned, norms, ridges
 
 
-def _pregate(
-    dense: StreamedModel,
-    windows: Windows,
-    partitions: Sequence[AnyPartition],
-    norms_LTE: Tensor,
+def _ordered(partitions: Sequence[AnyPartition], tensors: dict[str, Tensor]) -> list[AnyPartition]:
+    return [
+        p.permute_experts(tensors[f"order.{i}"]) if isinstance(p, Partition) else p
+        for i, p in enumerate(partitions)
+    ]
+
+
+def _layerwise(
+    given: Calibrated,
     recipe: Recipe,
+    partitions: list[AnyPartition],
+    norms: list[Tensor],
+    ridges: list[dict[str, Tensor]],
     store: UnitStore,
-    progress: Progress,
-) -> tuple[dict[str, Tensor], list[float], dict[str, Any]]:
-    """Train the pre-gating router; its tensors, loss curve and agreement with the oracle."""
+    path: StreamedModel | None,
+) -> Experts:
+    """Routers inside the layers."""
+    if not store.has("selectors"):
+        solved = layer_selectors(given, recipe, partitions, norms, ridges, path)
+        tensors = {
+            f"{i}.{name}": tensor
+            for i, selector in enumerate(solved.selectors)
+            for name, tensor in selector.items()
+        }
+        store.save("selectors", tensors, {"routing": solved.routing, "report": solved.report})
+    tensors, record = store.load("selectors")
+    selectors: list[dict[str, Tensor]] = [{} for _ in partitions]
+    for name, tensor in tensors.items():
+        layer, _, rest = name.partition(".")
+        selectors[int(layer)][rest] = tensor
+    routing, report = record["routing"], record["report"]
+    result = Experts(partitions, recipe.extract.top_k, selectors, {}, routing, [], report)
+    return _with_rule(given, recipe, result, store)
+
+
+def _with_rule(given: Calibrated, recipe: Recipe, experts: Experts, store: UnitStore) -> Experts:
+    """Layer-wise routers with the thresholds and biases that the recipe asks for."""
+    entries = choice_routing(recipe)
+    if not entries:
+        return experts
+    if not store.has("rule"):
+        zero = {"selector.balance": torch.zeros(experts.partitions[0].num_experts)}
+        start = [s | (zero if "selection_bias" in entries else {}) for s in experts.selectors]
+        routing = routing_of("layerwise", experts.partitions, experts.top_k, recipe.route)
+        routing |= experts.routing | entries
+        source = ConvertedSource(given.dense.source, experts.partitions, routing, selectors=start)
+        windows = pick_windows(given.windows, recipe.route.fit_tokens)
+        biases, thresholds = calibrate_layers(StreamedModel(source), windows.ids_NS, recipe)
+        tensors = {str(i): bias for i, bias in enumerate(biases)} or {"none": torch.zeros(1)}
+        store.save("rule", tensors, {"threshold": thresholds})
+    tensors, record = store.load("rule")
+    selectors = [
+        s | ({"selector.balance": tensors[str(i)]} if "selection_bias" in entries else {})
+        for i, s in enumerate(experts.selectors)
+    ]
+    if record["threshold"]:
+        entries["threshold"] = record["threshold"]
+    return replace(experts, selectors=selectors, routing=experts.routing | entries)
+
+
+def _rule(
+    logits_HTE: Tensor, layers: int, recipe: Recipe
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The same for a router that decides before layer 0, whose scores depend on no path."""
+    entries = choice_routing(recipe)
+    found = [calibrate_scores(logits_TE, recipe) for logits_TE in logits_HTE]
+    biases = [bias_E for bias_E, _ in found if bias_E is not None]
+    thresholds = [threshold for _, threshold in found if threshold is not None]
+    if thresholds:
+        entries["threshold"] = thresholds * (layers // len(thresholds))
+    return ({"balance": torch.stack(biases)} if biases else {}), entries
+
+
+def _pregated(
+    given: Calibrated,
+    recipe: Recipe,
+    partitions: list[AnyPartition],
+    norms: list[Tensor],
+    expert_store: UnitStore,
+    store: UnitStore,
+) -> Experts:
+    """A router that decides before layer 0."""
     settings, top_k = recipe.route, recipe.extract.top_k
-    config = with_routing(dense.config, routing_of("pregate", partitions, top_k, settings))
-    trained = distill_router(
-        dense,
-        config,
-        windows.ids_NS,
-        oracle_targets(norms_LTE, settings.per_layer),
-        settings,
-        seed=recipe.seed,
-        checkpoint=store.path("router_training"),
-        progress=progress,
-    )
-    batch = recipe.calibrate.batch_tokens
-    logits = router_logits(dense, config, trained.state, windows.ids_NS, batch)
-    report = report_routing(norms_LTE, logits, top_k, windows)
-    return trained.state, trained.curve, report
+    if not store.has("router"):
+        norms_LTE = torch.stack(norms)
+        config = with_routing(
+            given.dense.config, routing_of("pregate", partitions, top_k, settings)
+        )
+        checkpoint, ids_NS = store.path("router_training"), given.windows.ids_NS
+        common: dict[str, Any] = {
+            "seed": recipe.seed,
+            "checkpoint": checkpoint,
+            "progress": given.progress,
+        }
+        if settings.block == "readme":
+            targets = overlap_targets_of(given, recipe, partitions)
+            trained = distill_readme(given.dense, config, ids_NS, targets, settings, **common)
+        else:
+            measured = stored_weights(expert_store) if settings.sensitivity else []
+            weights_L = torch.tensor(measured) if any(measured) else None
+            targets = oracle_targets(norms_LTE, settings.per_layer, weights_L)
+            if settings.per_layer and weights_L is not None:
+                common["weights_H"] = choice_costs(norms_LTE, weights_L)
+            trained = distill_router(given.dense, config, ids_NS, targets, settings, **common)
+        batch = recipe.calibrate.batch_tokens
+        logits = router_logits(given.dense, config, trained.state, ids_NS, batch)
+        report = report_routing(norms_LTE, logits, top_k, given.windows)
+        chosen = [top_experts(logits_TE, top_k) for logits_TE in logits]
+        report = judge_choices(chosen, norms_LTE, given.windows) | report
+        tensors, routing = _rule(logits, len(norms), recipe)
+        record: dict[str, Any] = {"curve": trained.curve, "report": report, "routing": routing}
+        store.save("router", trained.state | tensors, record)
+    tensors, kept = store.load("router")
+    curve, report, routing = kept["curve"], kept["report"], kept["routing"]
+    return Experts(partitions, top_k, [], tensors, routing, curve, report)
 
 
 def report_routing(
@@ -222,32 +308,3 @@ def report_routing(
         "switch_rate": found[0].switch_rate,
         "entropy": found[0].entropy / math.log(max(2, norms_LTE.shape[-1])),
     }
-
-
-def _reorder(partition: AnyPartition, order: Tensor) -> AnyPartition:
-    return partition.permute_experts(order) if isinstance(partition, Partition) else partition
-
-
-def _save(store: UnitStore, experts: Experts, orders: Sequence[Tensor]) -> None:
-    tensors = {f"order.{i}": order for i, order in enumerate(orders)}
-    for i, selector in enumerate(experts.selectors):
-        tensors |= {f"layer.{i}.{k}": v for k, v in selector.items()}
-    tensors |= {f"router.{k}": v for k, v in experts.router.items()}
-    store.save("experts", tensors, {"curve": experts.curve, "report": experts.report})
-
-
-def _load(store: UnitStore, partitions: Sequence[AnyPartition]) -> Experts:
-    tensors, record = store.load("experts")
-
-    def group(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    layers = range(len(partitions))
-    selectors = [group(f"layer.{i}.") for i in layers]
-    return Experts(
-        [_reorder(p, tensors[f"order.{i}"]) for i, p in enumerate(partitions)],
-        selectors,
-        group("router."),
-        record["curve"],
-        record["report"],
-    )

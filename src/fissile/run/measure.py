@@ -6,12 +6,13 @@ Every measurement is kept under its own key, so an interrupted evaluation goes o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fissile import models
+from fissile.config import Control
 from fissile.eval.documents import read_documents
 from fissile.eval.perplexity import HeldOut, measure, prepare
 from fissile.eval.tokens import load_tokenizer
@@ -24,9 +25,12 @@ from fissile.refactor.controls import install_control
 from fissile.refactor.convert import ConvertedSource
 from fissile.refactor.recover import train_to_teacher
 from fissile.refactor.refit import RefitLayer
+from fissile.run.answers import Answers
 from fissile.run.context import RunContext
 from fissile.run.nesting import baseline_solver, nested_solver
 from fissile.run.stages import Stages
+from fissile.run.systems import AS_PUBLISHED, OVERRIDES, as_control
+from fissile.run.together import earlier_norms
 
 
 class Measurements:
@@ -37,6 +41,7 @@ class Measurements:
         self.store = context.journal.store("evaluate")
         self.plan = list(self._plan())
         self._held_out: HeldOut | None = None
+        self.answers = Answers(context)
 
     def run(self) -> dict[str, Any]:
         """Make every measurement that is missing; return all of them."""
@@ -49,14 +54,14 @@ class Measurements:
         return self._assemble(scores)
 
     def _plan(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-        yield "dense", lambda: self._score(load_source(self.context.source))
+        yield "dense", lambda: self._served(load_source(self.context.source))
         if self.recipe.extract.enabled:
             for share in self.recipe.evaluate.shares:
                 for name in self.recipe.evaluate.controls:
-                    for recovery in self._recoveries():
+                    for recovery in self._recoveries(name):
                         key = f"{name}.{share:g}.{recovery}"
                         yield key, self._bind(self._control, name, share, recovery)
-            yield "converted", lambda: self._score(load_source(self.stages.recovered))
+            yield "converted", lambda: self._served(load_source(self.stages.recovered))
         if self.recipe.quantize.enabled:
             for bits in self.recipe.quantize.widths:
                 yield f"nested.{bits}", self._bind(self._artifact, bits)
@@ -69,8 +74,10 @@ class Measurements:
     def _bind(work: Callable[..., dict[str, Any]], *args: Any) -> Callable[[], dict[str, Any]]:
         return lambda: work(*args)
 
-    def _recoveries(self) -> list[str]:
+    def _recoveries(self, name: Control) -> list[str]:
         found = ["none"]
+        if name in AS_PUBLISHED:
+            return found
         if self.recipe.recover.refit:
             found.append("refit")
         if self.recipe.evaluate.control_recover_steps and self.recipe.recover.method != "none":
@@ -98,11 +105,15 @@ class Measurements:
         result = measure(model.eval(), self.held_out, batch_tokens=batch)
         return result.score() | {"n_tokens": result.n_tokens}
 
+    def _served(self, model: Any) -> dict[str, Any]:
+        """Score the dense model or what the artifact serves: perplexity, and answers to items."""
+        return self._score(model) | self.answers.score(model.eval())
+
     # -- controls --------------------------------------------------------------------------------
 
-    def _control(self, name: str, share: float, recovery: str) -> dict[str, Any]:
+    def _control(self, name: Control, share: float, recovery: str) -> dict[str, Any]:
         source = self._control_source(name, share)
-        control = name if name in ("random", "oracle") else None
+        control = OVERRIDES.get(name)
 
         def prepare_layer(layer: Any, index: int) -> None:
             if control is not None:
@@ -112,13 +123,13 @@ class Measurements:
             refits: list[RefitLayer] = self.stages.refit(
                 source, f"controls/{name}.{share:g}.refit", prepare_layer
             )
-            source.refits = refits
+            source = source.refitted(refits)
         model = load_source(source)
         for i, layer in enumerate(model.model.layers):
             prepare_layer(layer, i)
         if recovery == "trained":
             steps = self.recipe.evaluate.control_recover_steps
-            settings = self.recipe.recover.model_copy(update={"steps": steps})
+            settings = self.recipe.recover.limited(steps)
             model = train_to_teacher(
                 model,
                 load_source(self.context.source),
@@ -128,26 +139,22 @@ class Measurements:
                 checkpoint=self.context.journal.store("controls").path(
                     f"{name}.{share:g}.training"
                 ),
+                targets=self.stages.targets,
+                norms=earlier_norms(self.recipe),
                 progress=self.context.tick,
             ).model
         return self._score(model)
 
-    def _control_source(self, name: str, share: float) -> ConvertedSource:
-        if name == "static":
-            return self.stages.static_source(share)
-        if share == self.recipe.extract.active_share:
-            experts = self.stages.experts
-        else:
-            unit = f"controls/share_{share:g}"
-            experts = self.stages.experts_at(share, f"{unit}/extract", f"{unit}/route")
-        # Random and oracle replace the choice of a layer-wise router.
-        kind: Literal["pregate", "layerwise"] = "pregate" if name == "pregate" else "layerwise"
-        return self.stages.routed_source(kind, experts)
+    def _control_source(self, name: Control, share: float) -> ConvertedSource:
+        recipe = as_control(self.recipe, name, share)
+        if name in ("static", "static_uniform"):
+            return self.stages.static_source(recipe)
+        return self.stages.routed_source(recipe, self.stages.experts_of(recipe))
 
     # -- widths ----------------------------------------------------------------------------------
 
     def _artifact(self, bits: int) -> dict[str, Any]:
-        return self._score(models.load(self.context.out / "model", bits=bits))
+        return self._served(models.load(self.context.out / "model", bits=bits))
 
     def _baseline(self, kind: Any, bits: int) -> dict[str, Any]:
         solver = baseline_solver(kind, bits, self.recipe.quantize, self.recipe.seed)
@@ -175,7 +182,7 @@ class Measurements:
                 row = {"name": name, "share": float(share), "recovery": recovery, "bits": None}
                 variants.append(row | score)
             elif key == "converted":
-                trained = self.recipe.recover.method != "none" and self.recipe.recover.steps
+                trained = self.recipe.recover.trains
                 kind = self.recipe.route.kind
                 row = {
                     "name": {"layerwise": "ridge"}.get(kind, kind),
@@ -191,7 +198,25 @@ class Measurements:
                 method = "nested" if of == "dense" else name
                 size = self._size(int(rest), of)
                 widths.append({"method": method, "bits": int(rest), "of": of, **size} | score)
-        return {"dense": scores["dense"], "variants": variants, "widths": widths}
+        return {
+            "dense": scores["dense"],
+            "variants": variants,
+            "widths": widths,
+            "routers": self._routers(),
+        }
+
+    def _routers(self) -> list[dict[str, Any]]:
+        """How near every router that was measured comes to the oracle."""
+        rows = []
+        for share in self.recipe.evaluate.shares if self.recipe.extract.enabled else ():
+            for name in self.recipe.evaluate.controls:
+                recipe = as_control(self.recipe, name, share)
+                if name in OVERRIDES or name.startswith("static") or recipe.route.kind == "static":
+                    continue
+                quality = self.stages.experts_of(recipe).report.get("quality")
+                if quality is not None:
+                    rows.append(self.stages.router_row(recipe, quality))
+        return rows
 
     def _dense_fields(self, group_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Configuration and nested entry that `quantized_dense` would be stored with."""

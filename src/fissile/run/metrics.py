@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from fissile import families
 from fissile.config import Strict
 from fissile.errors import CorruptCheckpoint, UsageError
 from fissile.eval.uncertainty import paired_log_ratio
+from fissile.families.base import Family
+from fissile.families.names import attention_shapes
+from fissile.families.sizes import expert_sizes
+from fissile.run.gates import AnswerScore, GateRow
+from fissile.run.metrics_routing import (
+    Division,
+    Model,
+    Redundancy,
+    RouterQuality,
+    Weights,
+)
 
 if TYPE_CHECKING:
     from fissile.run.context import RunContext
 
-Model = Literal["dense", "static", "random", "ridge", "pregate", "oracle", "all_experts"]
 Recovery = Literal["none", "refit", "trained"]
 Method = Literal["nested", "dedicated", "gptq", "rtn", "float"]
 
@@ -36,6 +47,7 @@ class Score(Strict):
     n_tokens: int | None = None
     document_nll: list[float] = Field(default_factory=list, description="nats per document")
     document_tokens: list[int] = Field(default_factory=list, description="predicted per document")
+    choices: AnswerScore | None = Field(None, description="accuracy on items of the same text")
 
     def log_ratio(self, other: Score) -> tuple[float, float | None] | None:
         """log(self.ppl / other.ppl) and its standard error; None if either is missing.
@@ -114,6 +126,9 @@ class Routing(Strict):
     )
     switch_rate: float | None = Field(None, description="tokens whose choice differs from the last")
     entropy: float | None = Field(None, description="of the expert load, over its maximum")
+    redundancy: dict[str, Redundancy] = Field(
+        default_factory=dict, description="of the router and of the oracle"
+    )
 
     @field_validator("expert_load", mode="before")
     @classmethod
@@ -154,8 +169,12 @@ class Metrics(Strict):
     recovery_curve: list[float] = Field(default_factory=list, description="loss per step")
     router_curve: list[float] = Field(default_factory=list, description="loss per step")
     routing: Routing | None = None
+    routers: list[RouterQuality] = Field(default_factory=list)
+    weights: Weights | None = None
+    divisions: list[Division] = Field(default_factory=list, description="one a measured share")
     stages: list[StageRow] = Field(default_factory=list)
     verify: list[CheckRow] = Field(default_factory=list)
+    gates: list[GateRow] = Field(default_factory=list)
     conditions: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("recovery_curve", "router_curve", mode="before")
@@ -167,6 +186,25 @@ class Metrics(Strict):
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return finite(self.model_dump(mode="json"))
+
+
+def find_variant(metrics: Metrics, name: str, share: float, recovery: str) -> Variant | None:
+    """The measurement of one control, or None."""
+    for v in metrics.variants:
+        if (v.name, v.recovery) == (name, recovery) and math.isclose(v.share, share):
+            return v
+    return None
+
+
+def find_width(metrics: Metrics, method: str, bits: int | None) -> WidthScore | None:
+    """The measurement of one quantized model, or None."""
+    ours = (w for w in metrics.widths if w.of == "converted")
+    return next((w for w in ours if (w.method, w.bits) == (method, bits)), None)
+
+
+def shares(metrics: Metrics) -> list[float]:
+    """Active shares below 1 that were measured, largest first."""
+    return sorted({v.share for v in metrics.variants if v.share < 1}, reverse=True)
 
 
 def parse_metrics(data: Mapping[str, Any], where: str) -> Metrics:
@@ -237,11 +275,15 @@ def assemble(context: RunContext, records: Mapping[str, Mapping[str, Any]]) -> d
         "recovery_curve": records.get("recover", {}).get("recovery_curve", []),
         "router_curve": route.get("router_curve", []),
         "routing": routing or None,
+        "routers": measured.get("routers") or route.get("routers", []),
+        "weights": weights_of(context.source.family, context.source.headers.config),
+        "divisions": list(_divisions(context)) if kind else [],
         "stages": [
             {"name": n, "seconds": r["seconds"], "peak_rss_bytes": r.get("peak_rss_bytes")}
             for n, r in records.items()
         ],
         "verify": records.get("verify", {}).get("checks", []),
+        "gates": measured.get("gates", []),
         "conditions": {
             "tokens": recipe.evaluate.tokens,
             "context": recipe.evaluate.context,
@@ -249,6 +291,42 @@ def assemble(context: RunContext, records: Mapping[str, Mapping[str, Any]]) -> d
         },
     }
     return parse_metrics(data, "metrics.json").to_dict()
+
+
+def weights_of(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+    """Weights of a dense model by what reads them: the fields of `Weights`.
+
+    Args:
+        family: of the model.
+        config: its Hugging Face config.json.
+    """
+    dims = families.dims_of(family, config)
+    linears = attention_shapes(family, dims).values()
+    table = dims.vocab * dims.hidden
+    return {
+        "ffn": dims.layers * 3 * dims.hidden * dims.ffn,
+        "attention": dims.layers * sum(outputs * inputs for outputs, inputs in linears),
+        "query": dims.layers * dims.heads * dims.head_dim,
+        "head": table,
+        "embedding": 0 if dims.tied else table,
+    }
+
+
+def _divisions(context: RunContext) -> Iterator[dict[str, Any]]:
+    """How the FFN is divided at every measured active share; nothing for overlapping experts."""
+    settings, shares = context.recipe.extract, {*context.recipe.evaluate.shares}
+    ffn = context.source.config.intermediate_size
+    if settings.method == "readme" or context.recipe.route.kind == "static":
+        return
+    for share in sorted({settings.active_share, *shares} - {1.0}, reverse=True):
+        sizes = expert_sizes(ffn, settings.num_experts, settings.top_k, share, settings.multiple)
+        yield {
+            "wanted": share,
+            "share": sizes.active_share,
+            "shared": sizes.shared / ffn,
+            "num_experts": sizes.num_experts,
+            "top_k": settings.top_k,
+        }
 
 
 def finite(value: Any) -> Any:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
@@ -25,6 +25,12 @@ from fissile.run.context import (
 from fissile.run.journal import Journal
 from fissile.run.ledger import Ledger
 from fissile.run.plan import make_plan
+from fissile.run.together import earlier_norms, follow, follows
+
+if TYPE_CHECKING:
+    from fissile.models.source import CheckpointSource
+    from fissile.refactor.workers import Workers
+    from fissile.run.measure import Measurements
 
 
 @dataclass(frozen=True)
@@ -94,22 +100,45 @@ def run_recipe(
     from fissile.models.source import CheckpointSource
 
     checkpoint = CheckpointSource(folder)
+    earlier_norms(recipe)
+    if follows():
+        follow(lambda workers: _context(recipe, checkpoint, out, workers, resume=True))
+        return RunSummary(out, None, None, [], {})
+    from fissile.refactor.workers import join_workers
+
     with locked(out):
-        identity = {
-            "fissile": __version__,
-            "source": describe_source(checkpoint.headers)["headers_sha256"],
-            "config": checkpoint.headers.config,
-            "recipe": recipe.model_dump(mode="json"),
-        }
-        journal = Journal(out, identity, resume=resume, overwrite=overwrite)
+        how = {"resume": resume, "overwrite": overwrite}
+        context = _context(recipe, checkpoint, out, join_workers(), progress, **how)
         clean_leftovers(out / "model")
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         atomic_write_bytes(out / "recipe.yaml", text.encode())
         atomic_write_json(out / "plan.json", plan.to_dict())
-        ledger = Ledger.from_csv(out / "ledger.csv")
-        context = RunContext(recipe, checkpoint, out, journal, ledger, progress or _silent)
         with logged(out), stop_on_signals(context.stop):
-            return _run_stages(context, stop_after)
+            summary = _run_stages(context, stop_after)
+        # The end of the wait of the other processes.
+        context.workers.from_main(0.0)
+        return summary
+
+
+def _context(
+    recipe: Recipe,
+    checkpoint: CheckpointSource,
+    out: Path,
+    workers: Workers,
+    progress: Progress | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> RunContext:
+    identity = {
+        "fissile": __version__,
+        "source": describe_source(checkpoint.headers)["headers_sha256"],
+        "config": checkpoint.headers.config,
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    journal = Journal(out, identity, resume=resume, overwrite=overwrite)
+    ledger = Ledger.from_csv(out / "ledger.csv")
+    return RunContext(recipe, checkpoint, out, journal, ledger, progress or _silent, workers)
 
 
 def _silent(_stage: str, _done: int, _total: int, _detail: str) -> None:
@@ -127,7 +156,7 @@ def _run_stages(context: RunContext, stop_after: str | None) -> RunSummary:
     records: dict[str, dict[str, Any]] = {}
 
     def evaluate() -> dict[str, Any]:
-        return Measurements(context, stages).run()
+        return _evaluate(context, Measurements(context, stages))
 
     def verify() -> dict[str, Any]:
         from fissile.export.verify import verify as check
@@ -173,6 +202,16 @@ def _run_stages(context: RunContext, stop_after: str | None) -> RunSummary:
     )
 
 
+def _evaluate(context: RunContext, measurements: Measurements) -> dict[str, Any]:
+    from fissile.run.gates import check_gates, gate_events
+
+    record = measurements.run()
+    gates = check_gates(context.recipe.limits, record)
+    events = [*measurements.answers.events, *gate_events(gates)]
+    context.ledger.replace_stage("evaluate", events)
+    return record | {"gates": [gate.model_dump() for gate in gates]}
+
+
 def stage_rows(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Seconds and peak memory of every stage, in order."""
     keys = ("seconds", "peak_rss_bytes")
@@ -180,10 +219,16 @@ def stage_rows(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _enforce_quality(recipe: Recipe, record: dict[str, Any] | None) -> None:
-    limit = recipe.limits.max_ppl_ratio
-    if limit is None or record is None:
+    from fissile.run.gates import GateRow, enforce_gates
+
+    if record is None:
         return
-    served = [w for w in record["widths"] if w["method"] in ("float", "nested")]
+    enforce_gates([GateRow(**row) for row in record["gates"]])
+    limit = recipe.limits.max_ppl_ratio
+    if limit is None:
+        return
+    own = [w for w in record["widths"] if w.get("of", "converted") == "converted"]
+    served = [w for w in own if w["method"] in ("float", "nested")]
     if not served:
         return
     best = min(w["ppl"] for w in served)

@@ -15,6 +15,7 @@ from fissile import families
 from fissile.config import Recipe, Stage
 from fissile.errors import RecipeError, ResourceError, UsageError
 from fissile.families.base import Family
+from fissile.families.cost import model_cost, router_cost
 from fissile.families.sizes import ExpertSizes
 from fissile.io.headers import CheckpointHeaders, open_checkpoint_headers
 from fissile.io.hub import has_tokenizer
@@ -29,6 +30,7 @@ from fissile.run.sizing import (
     planned_shape,
 )
 
+_ROUTER_SHARE = 0.02
 _FEW_TOKENS = 64 * 2048
 
 
@@ -251,7 +253,7 @@ def _fitted(recipe: Recipe, config: dict[str, Any]) -> Recipe:
 
 def _stages(recipe: Recipe, stop_after: str | None) -> list[Stage]:
     converts = recipe.extract.enabled
-    trains = recipe.recover.method != "none" and recipe.recover.steps > 0
+    trains = recipe.recover.trains
     wanted = {
         "calibrate": converts,
         "extract": converts,
@@ -290,6 +292,8 @@ def _warnings(
             f"{recipe.extract.active_share:g}, since experts are multiples of "
             f"{recipe.extract.multiple} neurons (extract.multiple)"
         )
+    if experts is not None and experts.num_experts:
+        yield from _router_warnings(recipe, headers, experts)
     if recipe.extract.enabled and recipe.calibrate.tokens < _FEW_TOKENS:
         yield f"{recipe.calibrate.tokens} calibration tokens; {_FEW_TOKENS} are advised"
     if recipe.quantize.enabled and experts is not None and experts.num_experts:
@@ -308,6 +312,24 @@ def _warnings(
             yield f"{name}{more} stay in floating point: {value} inputs are no multiple of 32"
         else:
             yield f"{name}{more} get groups of {value} instead of {recipe.quantize.group_size}"
+
+
+def _router_warnings(
+    recipe: Recipe, headers: CheckpointHeaders, experts: ExpertSizes
+) -> Iterator[str]:
+    """A router is small beside the model, or it is not worth its place."""
+    config = planned_config(recipe, headers.config, families.find(headers.config), experts)
+    whole, router = model_cost(config), router_cost(config)
+    shares = {
+        "parameters": router.parameters / max(1, whole.parameters),
+        "compute": router.macs / max(1.0, whole.macs),
+    }
+    for what, share in shares.items():
+        if share > _ROUTER_SHARE:
+            yield (
+                f"the router takes {100 * share:.1f} % of the model's {what}; "
+                f"{100 * _ROUTER_SHARE:g} % are advised (route.inner_dim, route.attention_dim)"
+            )
 
 
 def _way_out(stage: StageCost) -> str:

@@ -9,7 +9,6 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from fissile.run.advice import find_width, shares
 from fissile.run.axes import (
     NAMES,
     Axes,
@@ -24,10 +23,27 @@ from fissile.run.axes import (
     ratio_ticks,
     score_ratio,
 )
-from fissile.run.metrics import Metrics, Variant
+from fissile.run.metrics import Metrics, Variant, find_width, shares
+from fissile.run.plots_routing import routers
 from fissile.run.theme import MARKERS, Theme
 
-_CONTROLS = ("oracle", "pregate", "ridge", "static", "random", "all_experts")
+_CONTROLS = (
+    "oracle",
+    "oracle_layerwise",
+    "pregate",
+    "per_layer",
+    "token",
+    "ridge",
+    "spectral",
+    "mean_gate",
+    "readme",
+    "expertweaver",
+    "cmoe",
+    "emoe",
+    "static",
+    "random",
+    "all_experts",
+)
 _METHODS = ("nested", "dedicated", "gptq", "rtn")
 _OURS = ("nested", "dedicated")
 _RECOVERIES = ("none", "refit", "trained")
@@ -345,5 +361,6 @@ FIGURES: dict[str, Callable[[Metrics, Theme], Figure | None]] = {
     "layer_loss": layer_loss,
     "experts": experts,
     "agreement": agreement,
+    "routers": routers,
     "curves": curves,
 }

@@ -1,6 +1,7 @@
 """report.html and report.json from a run folder: no model is loaded, nothing is fetched.
 
-Reads metrics.json (required), ledger.csv, plan.json and recipe.yaml (each may be absent).
+Reads metrics.json (required), ledger.csv, plan.json, recipe.yaml and eval/*.json (each may be
+absent).
 """
 
 from __future__ import annotations
@@ -8,16 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fissile import __version__
 from fissile.errors import UsageError
 from fissile.io.publish import atomic_write_bytes
-from fissile.run.advice import Advice, advise
+from fissile.run.advice import LABELS, Advice, advise
+from fissile.run.choice import choose
+from fissile.run.figures import draw
 from fissile.run.ledger import Ledger
 from fissile.run.metrics import Metrics, read_metrics
-from fissile.run.page import Html, advice_list, figure, page, section
+from fissile.run.page import Html, advice_list, page, paragraph, section
+from fissile.run.report_eval import evaluation_data, evaluation_parts, stored_results
+from fissile.run.report_routing import quality_table, redundancy_table, speed_parts
 from fissile.run.report_tables import (
     check_table,
     condition_parts,
@@ -45,6 +51,10 @@ CAPTIONS = {
     " Lines: mean over a layer's tensors; dots: each tensor.",
     "experts": "How often experts are chosen on calibration text, in units of an even share (1.0).",
     "agreement": "Share of the oracle router's choices that the pre-gating router makes too.",
+    "routers": "Every router against the oracle on the same experts. Left: recall of its choices on"
+    " calibration text, ticks per layer, marker the mean. Right: closed share of the gap in log"
+    " perplexity between the static model (0) and the oracle (100), held-out text, bars of two"
+    " standard errors.",
     "curves": "Loss per training step: raw (pale) and smoothed.",
 }
 
@@ -65,12 +75,14 @@ def write_report(folder: Path) -> tuple[Path, Path]:
     folder = run_folder(folder)
     metrics = read_metrics(folder / "metrics.json")
     ledger = Ledger.from_csv(folder / "ledger.csv")
-    advice = advise(metrics)
+    stored = stored_results(folder)
+    advice = [*advise(metrics), *choose(metrics)]
     data = {
         "name": metrics.name,
         "advice": [asdict(item) for item in advice],
         "summary": summary_rows(metrics),
         "ledger": ledger.counts(),
+        "evaluations": evaluation_data(metrics, stored),
         "metrics": metrics.to_dict(),
     }
     html = render_report(
@@ -79,6 +91,7 @@ def write_report(folder: Path) -> tuple[Path, Path]:
         ledger,
         plan=_read_json(folder / "plan.json"),
         recipe=_read_text(folder / "recipe.yaml"),
+        evaluations=evaluation_parts(metrics, stored),
     )
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write_bytes(folder / "report.json", text.encode())
@@ -108,6 +121,7 @@ def render_report(
     *,
     plan: dict[str, Any] | None = None,
     recipe: str | None = None,
+    evaluations: Sequence[Html | None] = (),
 ) -> str:
     """The page as HTML.
 
@@ -117,6 +131,7 @@ def render_report(
         ledger: exceptions of the run.
         plan: contents of plan.json.
         recipe: text of recipe.yaml.
+        evaluations: gates, answers and stored results, from `evaluation_parts`.
     """
     plots = _plots(metrics)
     seed = "" if metrics.seed is None else f"seed {metrics.seed}"
@@ -132,9 +147,18 @@ def render_report(
         section("Quantization loss by layer", [plots.get("layer_loss"), worst_table(metrics)]),
         section(
             "Experts and router",
-            [plots.get("experts"), plots.get("agreement"), routing_table(metrics)],
+            [
+                plots.get("routers"),
+                quality_table(metrics),
+                plots.get("experts"),
+                plots.get("agreement"),
+                routing_table(metrics),
+            ],
         ),
+        section("Redundancy of routing", _redundancy(metrics)),
+        section("Expected speed", speed_parts(metrics)),
         section("Training", [plots.get("curves")]),
+        section("Evaluations", evaluations),
         section("Checks of the artifact", [check_table(metrics)]),
         section("Ledger", ledger_parts(ledger), "No exceptions were recorded."),
         section("Cost", [stage_table(metrics, plan)]),
@@ -145,20 +169,23 @@ def render_report(
 
 def _plots(metrics: Metrics) -> dict[str, Html]:
     from fissile.run.plots import FIGURES
-    from fissile.run.theme import DARK, LIGHT, style, svg_uri
 
-    found = {}
-    for name, draw in FIGURES.items():
-        renderings = []
-        for theme in (LIGHT, DARK):
-            with style(theme):
-                drawn = draw(metrics, theme)
-                renderings.append(None if drawn is None else svg_uri(drawn))
-        light, dark = renderings
-        if light is not None and dark is not None:
-            caption = CAPTIONS[name]
-            found[name] = figure(light, dark, caption.split(".")[0], caption)
-    return found
+    found = {name: draw(partial(plot, metrics), CAPTIONS[name]) for name, plot in FIGURES.items()}
+    return {name: html for name, html in found.items() if html is not None}
+
+
+def _redundancy(metrics: Metrics) -> list[Html | None]:
+    """Figures and table of every router whose choices were compared."""
+    from fissile.run.plots_routing import REDUNDANCY, REDUNDANCY_CAPTIONS
+
+    parts: list[Html | None] = []
+    for name, rows in (metrics.routing.redundancy if metrics.routing else {}).items():
+        alone = "" if rows.pairs else " (one decision serves every layer)"
+        parts.append(paragraph(f"Choices of the {LABELS.get(name, name)}{alone}:"))
+        for key, plot in REDUNDANCY.items():
+            parts.append(draw(partial(plot, rows), REDUNDANCY_CAPTIONS[key]))
+        parts.append(redundancy_table(rows))
+    return parts
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -150,7 +150,7 @@ def worst_table(metrics: Metrics) -> Html | None:
 def routing_table(metrics: Metrics) -> Html | None:
     """Behaviour of the router in a few numbers."""
     routing = metrics.routing
-    if routing is None:
+    if routing is None or not routing.recall_at_k:
         return None
     rows: list[list[Text]] = [
         ["experts, chosen per token", f"{routing.num_experts or NONE}, {routing.top_k or NONE}"],

@@ -125,8 +125,15 @@ def planned_config(
             "layout": "membership" if recipe.extract.method == "readme" else "disjoint",
             "blocks": [[[pool, list(range(experts.num_experts))]]] * layers,
             "shared_bias": experts.shared > 0,
-            "router": recipe.route.model_dump(include={"attention_dim", "inner_dim"}),
+            "router": recipe.route.router_sizes(),
         }
+        if recipe.recover.refit and recipe.recover.restore and experts.shared:
+            planned["routing"]["restore"] = True
+        if recipe.route.balance_load:
+            planned["routing"]["selection_bias"] = True
+        if recipe.route.kind == "layerwise" and recipe.route.selector == "spectral":
+            rank = min(recipe.route.selector_rank, experts.expert)
+            planned["routing"] |= {"selector": "spectral", "selector_rank": rank}
     return planned
 
 

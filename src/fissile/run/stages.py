@@ -7,37 +7,32 @@ of them can be resumed or replaced.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fissile.config import Recipe
 from fissile.export.artifact import write_artifact
-from fissile.families.sizes import expert_sizes
+from fissile.io.units import UnitStore
 from fissile.models.source import MemorySource, UnitSource, load_source, save_units
 from fissile.models.stream import StateSource, StreamedModel
 from fissile.quant.layers import QuantizedLayer, Solver, quantize_model
 from fissile.refactor.calibrate import Windows, gather_statistics
-from fissile.refactor.convert import AnyPartition, ConvertedSource, routing_of
+from fissile.refactor.convert import ConvertedSource, routing_of
 from fissile.refactor.domains import MembershipPartition
-from fissile.refactor.partition import Partition
 from fissile.refactor.recover import train_to_teacher
 from fissile.refactor.refit import RefitLayer, refit_layers
-from fissile.refactor.sample import RouterSees, refine_experts
-from fissile.refactor.statistics import NeuronStatistics
+from fissile.refactor.sample import pick_windows
 from fissile.run.context import RunContext
-from fissile.run.experts import (
-    Experts,
-    build_experts,
-    compensated,
-    extract_layer,
-    static_bias,
-    static_layer,
-)
+from fissile.run.experts import Experts, build_experts, static_bias, static_layer
+from fissile.run.extraction import Calibrated, layer_sizes, partitions_of
 from fissile.run.ledger import Event
 from fissile.run.nesting import artifact_tensors_of, nested_solver, origin_of
+from fissile.run.rivals import RIVALS, rival_experts
+from fissile.run.systems import expert_unit, router_name, router_unit
+from fissile.run.together import earlier_norms
 
 
 class Stages:
@@ -76,90 +71,64 @@ class Stages:
             "domains": list(self.windows.domains),
         }
 
-    def statistics(self) -> Iterator[NeuronStatistics]:
-        """Neuron statistics of every layer, one in memory at a time."""
+    @cached_property
+    def given(self) -> Calibrated:
+        """What extraction starts from."""
         store = self.context.journal.store("calibrate")
-        for i in range(self.dense.num_layers):
-            yield NeuronStatistics.from_state(store.load(f"layer_{i:03d}")[0])
+        return Calibrated(self.dense, self.windows, store, self.context.tick)
 
     def extract(self) -> dict[str, Any]:
         """Partition the neurons of every layer."""
-        parts = self.partitions(self.recipe.extract.active_share, "extract")
+        store = self.context.journal.store("extract")
+        if self.recipe.extract.method in RIVALS:
+            parts = rival_experts(self.given, self.recipe, store)[0]
+        else:
+            parts = partitions_of(self.given, self.recipe, store)
         first = parts[0]
         record: dict[str, Any] = {"shared": [p.shared_size for p in parts]}
         if isinstance(first, MembershipPartition):
             record["kept"] = [len(p.order_P) for p in parts if isinstance(p, MembershipPartition)]
-        if (store := self.context.journal.store("extract")).has("refined"):
-            # Share of output energy that the predicted choices compute, before and after rounds.
-            record |= store.load("refined")[1]
+        for unit in ("refined", "divergences"):
+            # Share of output energy that the predicted choices compute, before and after rounds;
+            # nats that pruning each layer alone costs.
+            if store.has(unit):
+                record |= store.load(unit)[1]
         return record | {"num_experts": first.num_experts}
-
-    def partitions(self, share: float, unit: str) -> list[AnyPartition]:
-        """Partitions at an active share, kept under `unit`."""
-        settings, store = self.recipe.extract, self.context.journal.store(unit)
-        kind = MembershipPartition if settings.method == "readme" else Partition
-        result: list[AnyPartition] = []
-        for i, stats in enumerate(self.statistics()):
-            if not store.has(name := f"layer_{i:03d}"):
-                seed = self.recipe.seed * 1000 + i
-                made = extract_layer(stats, settings, share, seed, compensated(self.recipe))
-                store.save(name, made.state())
-                self.context.tick("extract", i + 1, self.dense.num_layers, f"share {share:g}")
-            result.append(kind.from_state(store.load(name)[0]))
-        if settings.method != "fissile" or not settings.refine_rounds:
-            return result
-        return self._refined([p for p in result if isinstance(p, Partition)], unit)
-
-    def _refined(self, partitions: list[Partition], unit: str) -> list[AnyPartition]:
-        """Partitions whose neurons moved to where the router's choices compute them."""
-        settings, store = self.recipe.extract, self.context.journal.store(unit)
-        if not store.has("refined"):
-            route = self.recipe.route
-            sees: RouterSees = "pregate_per_layer" if route.per_layer else "pregate"
-            means = None
-            if compensated(self.recipe):
-                means = [stats.mean_F() for stats in self.statistics()]
-            refined = refine_experts(
-                self.dense,
-                self.windows,
-                partitions,
-                top_k=settings.top_k,
-                router=sees if route.kind == "pregate" else "layerwise",
-                tokens=settings.refine_tokens,
-                rounds=settings.refine_rounds,
-                ridge=route.ridge,
-                batch_tokens=self.recipe.calibrate.batch_tokens,
-                means=means,
-                progress=self.context.tick,
-            )
-            orders = {f"order_{i:03d}": p.order_F for i, p in enumerate(refined.partitions)}
-            store.save("refined", orders, {"captured": refined.captured})
-        tensors = store.load("refined")[0]
-        return [replace(p, order_F=tensors[f"order_{i:03d}"]) for i, p in enumerate(partitions)]
 
     # -- route -----------------------------------------------------------------------------------
 
     def route(self) -> dict[str, Any]:
         """Make the routers of the recipe's active share."""
-        return {"routing": self.experts.report, "router_curve": self.experts.curve}
+        report = dict(self.experts.report)
+        fit = report.pop("held_out_recall", None)
+        quality = report.pop("quality", None)
+        return {
+            "routing": report,
+            "router_curve": self.experts.curve,
+            "router_fit": fit,
+            "routers": [self.router_row(self.recipe, quality)] if quality else [],
+        }
+
+    def router_row(self, recipe: Recipe, quality: dict[str, Any]) -> dict[str, Any]:
+        """A row of metrics.json about one router."""
+        return {"name": router_name(recipe), "share": recipe.extract.active_share, **quality}
 
     @cached_property
     def experts(self) -> Experts:
-        """Experts and routers at the recipe's active share."""
-        return self.experts_at(self.recipe.extract.active_share, "extract", "route")
+        """Experts and routers of the recipe."""
+        return self.experts_of(self.recipe)
 
-    def experts_at(self, share: float, extract_unit: str, route_unit: str) -> Experts:
-        """Experts and routers at another active share, for the controls."""
-        pregate = "pregate" in (self.recipe.route.kind, *self.recipe.evaluate.controls)
-        return build_experts(
-            self.dense,
-            self.windows,
-            self.partitions(share, extract_unit),
-            self.recipe,
-            self.context.journal.store(route_unit),
-            pregate=pregate,
-            progress=self.context.tick,
-        )
+    def experts_of(self, recipe: Recipe) -> Experts:
+        """Experts and routers of the recipe or of a control's."""
+        journal = self.context.journal
+        expert_store = journal.store(expert_unit(recipe, self.recipe))
+        router_store = journal.store(router_unit(recipe, self.recipe))
+        found = build_experts(self.given, recipe, expert_store, router_store)
+        if not recipe.route.on_trajectory:
+            return found
+        path = StreamedModel(self.routed_source(recipe, found))
+        store = router_store.under("on_trajectory")
+        return build_experts(self.given, recipe, expert_store, store, path)
 
     # -- recover ---------------------------------------------------------------------------------
 
@@ -175,8 +144,8 @@ class Stages:
         elif settings.refit:
             record["refit"] = [[r.error_before, r.error_after, r.kind] for r in self.refits]
             events = [_rejected(i, r) for i, r in enumerate(self.refits) if r.kind == "none"]
-        if settings.method != "none" and settings.steps:
-            record["training"] = trained = self._train(self.untrained, "recover")
+        if settings.trains:
+            record["training"] = trained = self.train(self.untrained, "recover")
             if trained["after"] >= trained["before"]:
                 what = f"held-out divergence {trained['before']:.4f} became {trained['after']:.4f}"
                 events.append(Event("training_rejected", "recover", None, "model", what))
@@ -190,34 +159,31 @@ class Stages:
 
     def raw_source(self) -> ConvertedSource:
         """The converted model before any recovery."""
-        kind = self.recipe.route.kind
-        if kind == "static":
-            return self.static_source(self.recipe.extract.active_share)
-        return self.routed_source(kind, self.experts)
+        if self.recipe.route.kind == "static":
+            return self.static_source(self.recipe)
+        return self.routed_source(self.recipe, self.experts)
 
-    def routed_source(
-        self, kind: Literal["pregate", "layerwise"], experts: Experts
-    ) -> ConvertedSource:
+    def routed_source(self, recipe: Recipe, experts: Experts) -> ConvertedSource:
         """A model that routes among `experts`, before any recovery."""
-        top_k = self.recipe.extract.top_k
-        routing = routing_of(kind, experts.partitions, top_k, self.recipe.route)
-        router = experts.router if kind == "pregate" else None
-        selectors = experts.selectors if kind == "layerwise" else None
+        kind: Literal["pregate", "layerwise"] = (
+            "pregate" if recipe.route.kind == "pregate" and experts.router else "layerwise"
+        )
+        routing = routing_of(kind, experts.partitions, experts.top_k, recipe.route)
         return ConvertedSource(
-            self.context.source, experts.partitions, routing, router=router, selectors=selectors
+            self.context.source,
+            experts.partitions,
+            routing | experts.routing,
+            router=experts.router or None,
+            selectors=experts.selectors or None,
         )
 
-    def static_source(self, share: float) -> ConvertedSource:
-        """Static pruning at an active share, with the bias that restores the mean."""
-        settings = self.recipe.extract
-        if settings.method != "readme":
-            # Whole experts can make the routed model's share differ from the wanted one.
-            ffn = self.context.source.config.intermediate_size
-            counts = settings.num_experts, settings.top_k
-            share = expert_sizes(ffn, *counts, share, settings.multiple).active_share
+    def static_source(self, recipe: Recipe) -> ConvertedSource:
+        """Static pruning with as many neurons per layer as the recipe computes, means restored."""
+        store = self.context.journal.store(expert_unit(recipe, self.recipe))
+        sizes = layer_sizes(self.given, recipe, store)
         partitions, biases = [], []
-        for i, stats in enumerate(self.statistics()):
-            partition, mean_F = static_layer(stats, share, settings.multiple)
+        for i, stats in enumerate(self.given.all_statistics()):
+            partition, mean_F = static_layer(stats, sizes[i])
             down = self.context.source.layer_state(i)["mlp.shared.down_proj.weight"]
             partitions.append(partition)
             biases.append(static_bias(partition, mean_F, down))
@@ -228,11 +194,15 @@ class Stages:
         self, source: ConvertedSource, unit: str, prepare: Callable[..., None] | None = None
     ) -> list[RefitLayer]:
         """Re-fit a converted model on its own path."""
+        settings = self.recipe.recover
         return refit_layers(
             StreamedModel(source),
             self.dense,
-            self.some_windows(self.recipe.recover.refit_tokens),
+            pick_windows(self.windows, settings.refit_tokens).ids_NS,
             batch_tokens=self.recipe.calibrate.batch_tokens,
+            scope=settings.refit_scope,
+            target=settings.refit_target,
+            restore=settings.restore,
             prepare=prepare,
             store=self.context.journal.store(unit),
             progress=self.context.tick,
@@ -243,14 +213,17 @@ class Stages:
         """The converted model after the re-fit, before training."""
         source = self.raw_source()
         if self.recipe.recover.refit and source.routing["shared_bias"]:
-            source.refits = self.refits
+            return source.refitted(self.refits)
         return source
 
-    def _train(self, source: StateSource, unit: str) -> dict[str, Any]:
+    def train(self, source: StateSource, unit: str) -> dict[str, Any]:
         """Train a converted model; its weights become units, trained if that helped."""
-        store = self.context.journal.store(f"{unit}/model")
+        store, workers = self.context.journal.store(f"{unit}/model"), self.context.workers
         if store.has("curve"):
             return store.load("curve")[1]
+        if workers.main:
+            # The word that the other processes wait for.
+            workers.from_main(1.0)
         result = train_to_teacher(
             load_source(source),
             load_source(self.context.source),
@@ -258,8 +231,13 @@ class Stages:
             self.recipe.recover,
             seed=self.recipe.seed,
             checkpoint=self.context.journal.store(unit).path("training"),
+            targets=self.targets,
+            norms=earlier_norms(self.recipe),
             progress=self.context.tick,
+            workers=workers,
         )
+        if not workers.main:
+            return {}
         kept = source
         if result.after < result.before:
             state = dict(result.model.state_dict())
@@ -267,15 +245,21 @@ class Stages:
                 del state["lm_head.weight"]
             kept = MemorySource(source.config, state)
         save_units(kept, store)
-        record = {"curve": result.curve, "before": result.before, "after": result.after}
-        store.save("curve", {"curve": torch.tensor(result.curve)}, record)
+        record = {
+            "curve": result.curve,
+            "before": result.before,
+            "after": result.after,
+            "tokens": result.tokens,
+            "training_seconds": round(result.seconds, 1),
+            "router_curve": result.router_curve,
+        }
+        store.save("curve", {"norms": torch.tensor(result.norms, dtype=torch.float64)}, record)
         return record
 
-    def some_windows(self, tokens: int) -> Tensor:
-        """About so many tokens of the calibration windows, evenly spaced to keep the domains."""
-        ids = self.windows.ids_NS
-        count = min(len(ids), max(1, tokens // ids.shape[1]))
-        return ids[torch.linspace(0, len(ids) - 1, count).round().long()]
+    @property
+    def targets(self) -> UnitStore:
+        """The dense model's logits on the training windows, the same for all that is trained."""
+        return self.context.journal.store("recover/teacher")
 
     def training_windows(self) -> Tensor:
         """Calibration windows cut to the training context, int64."""
@@ -289,7 +273,7 @@ class Stages:
         if not self.recipe.extract.enabled:
             return self.context.source
         settings = self.recipe.recover
-        if settings.method != "none" and settings.steps:
+        if settings.trains:
             return UnitSource(self.untrained.config, self.context.journal.store("recover/model"))
         return self.untrained
 
@@ -314,7 +298,7 @@ class Stages:
         settings = self.recipe.quantize
         return quantize_model(
             StreamedModel(source),
-            self.some_windows(settings.tokens),
+            pick_windows(self.windows, settings.tokens).ids_NS,
             solver,
             group_size=settings.group_size,
             attention=settings.attention,

@@ -55,13 +55,29 @@ def _methods(blue: str, sky: str, green: str, red: str, grey: str, pink: str) ->
     }
 
 
+def _others(navy: str, teal: str, gold: str, violet: str, brown: str, wine: str) -> dict[str, str]:
+    """Variants of a kind share its colour and differ by marker."""
+    return {
+        "per_layer": navy,
+        "token": navy,
+        "oracle_layerwise": teal,
+        "mean_gate": gold,
+        "spectral": gold,
+        "readme": violet,
+        "cmoe": brown,
+        "expertweaver": brown,
+        "emoe": wine,
+    }
+
+
 LIGHT = Theme(
     "light",
     ink="#1d2129",
     muted="#5b6270",
     grid="#e3e6ea",
     paper="#ffffff",
-    method=_methods("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#8a8f98", "#cc79a7"),
+    method=_methods("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#8a8f98", "#cc79a7")
+    | _others("#00446b", "#00664b", "#b07800", "#7b3294", "#8c510a", "#96183c"),
     ramp=("#f4f7fa", "#0072b2"),
 )
 DARK = Theme(
@@ -70,7 +86,8 @@ DARK = Theme(
     muted="#a3aab6",
     grid="#353b45",
     paper="#16191f",
-    method=_methods("#4fa8e0", "#9fd4f5", "#35c79b", "#f58a45", "#8a8f98", "#e3a3c6"),
+    method=_methods("#4fa8e0", "#9fd4f5", "#35c79b", "#f58a45", "#8a8f98", "#e3a3c6")
+    | _others("#2f7fb5", "#1f9c78", "#e0b040", "#b48ad0", "#c98f4e", "#d66a8a"),
     ramp=("#1d232c", "#4fa8e0"),
 )
 MARKERS = {
@@ -84,6 +101,15 @@ MARKERS = {
     "random": "v",
     "rtn": "v",
     "all_experts": "P",
+    "per_layer": "s",
+    "token": "v",
+    "oracle_layerwise": "^",
+    "mean_gate": "D",
+    "spectral": "d",
+    "readme": "*",
+    "cmoe": "X",
+    "expertweaver": "P",
+    "emoe": "p",
 }
 
 

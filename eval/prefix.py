@@ -1,0 +1,297 @@
+"""Log-likelihoods of continuations, with the keys and values of a common prefix computed once.
+
+A row is the input of a forward pass and what is scored at its last positions. Rows that begin with
+the given prefix run on their remainder only, against the prefix's cache: every layer of it,
+including the one in which a pre-gating router keeps its keys and values. The cache is never copied
+for a whole batch; each attention layer sees it expanded while it runs. The head, and the last
+layer's MLP where it is a plain one, are applied to the scored positions alone.
+
+A row's value does not depend on its neighbours. Its padded length follows from its own length, a
+batch holds rows of one padded length, and the head runs on a fixed number of rows: matrix kernels
+choose their order of summation by shape, so that equal shapes per row give equal bits. A test holds
+this on the CPU.
+
+Legend: B rows of a batch, T tokens of the longest one, P tokens of the prefix, H heads, E size of a
+head, N scored positions, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from fissile.eval.scoring import split_model
+
+# Padded lengths, and numbers of positions chosen for scoring, are multiples of these.
+_LENGTHS, _POSITIONS = 4, 8
+_HEAD_ROWS = 64
+_PROBE_TOKENS = 8
+# Keys that the rows of one batch may attend to, per token of the budget.
+_KEYS_PER_TOKEN = 16
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence and the continuations that end it.
+
+    Args:
+        ids: input tokens; the last token of a continuation is predicted only and not among them.
+        continuations: token ids, all of one length n; scored at the last n positions. Where n > 1
+            they differ in the last token only.
+    """
+
+    ids: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+
+    @property
+    def scored(self) -> int:
+        """Number of scored positions."""
+        return len(self.continuations[0])
+
+
+class PrefixScorer:
+    """Scores rows under one model.
+
+    Args:
+        model: Hugging Face style causal model in evaluation mode.
+        batch_tokens: padded tokens per forward pass, one row at least; changes no value.
+        longest: most tokens the model takes; padding does not go past it.
+    """
+
+    def __init__(self, model: Any, batch_tokens: int, longest: int) -> None:
+        self.model, self.batch_tokens, self.longest = model, batch_tokens, longest
+        self.device = next(model.parameters()).device
+        self.shares = not _depends_on_length(model.config)
+        self._body: Any = None
+        self._head: Callable[[Tensor], Tensor] | None = None
+        self._mlp: torch.nn.Module | None = None
+        self._probed = False
+
+    def loglikelihoods(
+        self, rows: Sequence[Row], prefix: Sequence[int] = ()
+    ) -> Iterator[tuple[int, list[float]]]:
+        """Score rows.
+
+        Args:
+            rows: any number, in any order.
+            prefix: tokens that most rows begin with; rows that do not, or whose scored positions
+                reach into it, run whole.
+
+        Yields:
+            (index of the row, log-likelihood of each of its continuations in nats), longest rows
+            first; values that are not finite are left for the caller to judge.
+        """
+        if not rows:
+            return
+        prefix = tuple(prefix)
+        with torch.inference_mode():
+            self._probe(rows[0].ids)
+            cached = self._cached(rows, prefix)
+        size = len(prefix)
+        within = [bool(cached) and _begins(row, prefix) for row in rows]
+        for shared in (False, True):
+            members = [i for i, inside in enumerate(within) if inside == shared]
+            for batch in self._batches(rows, members, size if shared else 0):
+                with torch.inference_mode():
+                    found = self._score(
+                        [rows[i] for i in batch], cached if shared else None, size if shared else 0
+                    )
+                yield from zip(batch, found, strict=True)
+
+    def _probe(self, ids: Sequence[int]) -> None:
+        if self._probed:
+            return
+        split = split_model(self.model, ids[:_PROBE_TOKENS], self.device)
+        self._body, self._head = split if split is not None else (None, None)
+        self._mlp = _plain_mlp(self._body) if split is not None else None
+        self._probed = True
+
+    def _cached(self, rows: Sequence[Row], prefix: tuple[int, ...]) -> list[Any] | None:
+        """Cache layers of the prefix, or None if there is nothing to share or no way to."""
+        if not prefix or self._body is None or not self.shares:
+            return None
+        if sum(_begins(row, prefix) for row in rows) < 2:
+            return None
+        cache = DynamicCache(config=self.model.config)
+        self._body(
+            input_ids=torch.tensor([prefix], device=self.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        # States of other kinds (recurrent ones, for instance) are not cut into tokens.
+        kinds = {type(layer) for layer in cache.layers}
+        known = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        filled = known and all(layer.is_initialized for layer in cache.layers)
+        return list(cache.layers) if filled else None
+
+    def _padded(self, row: Row, size: int) -> int:
+        """Tokens that a row takes up after a prefix of `size`; follows from its length alone."""
+        length = len(row.ids) - size
+        if not self.shares:
+            return length
+        return max(length, min(-(-length // _LENGTHS) * _LENGTHS, self.longest - size))
+
+    def _batches(
+        self, rows: Sequence[Row], members: Sequence[int], size: int
+    ) -> Iterator[list[int]]:
+        """Indices in batches of one padded length, longest first."""
+        padded = {i: self._padded(rows[i], size) for i in members}
+        batch: list[int] = []
+        for i in sorted(members, key=lambda i: (-padded[i], i)):
+            length, count = padded[i], len(batch) + 1
+            over = count * length > self.batch_tokens or (
+                count * (size + length) > self.batch_tokens * _KEYS_PER_TOKEN
+            )
+            if batch and (over or padded[batch[0]] != length):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _score(self, rows: Sequence[Row], cached: list[Any] | None, size: int) -> list[list[float]]:
+        ids_BT = torch.zeros(len(rows), self._padded(rows[0], size), dtype=torch.long)
+        for place, row in enumerate(rows):
+            ids_BT[place, : len(row.ids) - size] = torch.tensor(row.ids[size:])
+        # No mask: what follows a token does not change a causal model's values.
+        inputs: dict[str, Any] = {"input_ids": ids_BT.to(self.device), "use_cache": False}
+        if cached is not None:
+            inputs["past_key_values"] = Cache(layers=[_Shared(layer) for layer in cached])
+            inputs["use_cache"] = True
+        ends = [len(row.ids) - size for row in rows]
+        places = [
+            (b, t) for b, row in enumerate(rows) for t in range(ends[b] - row.scored, ends[b])
+        ]
+        at_N = tuple(torch.tensor(part, device=self.device) for part in zip(*places, strict=True))
+        if self._body is None or self._head is None:
+            mask_BT = torch.ones_like(inputs["input_ids"])
+            logits_NV = self.model(**inputs, attention_mask=mask_BT).logits[at_N].float()
+            return _gather(rows, [torch.log_softmax(logits_NV, dim=-1)])
+        with _only_at(self._mlp, at_N):
+            hidden_ND = self._body(**inputs).last_hidden_state[at_N]
+        return _gather(rows, _log_probs(hidden_ND, self._head))
+
+
+class _Shared(CacheLayerMixin):
+    """A cached layer of one row, seen by every row of a batch; it does not grow.
+
+    Args:
+        layer: with keys and values (1, H, P, E); it stays as it is.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer, self.is_sliding = layer, layer.is_sliding
+        self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise AssertionError("a shared layer is filled from the start")
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Prefix and new states of a batch, (B, H, P + T, E) each; nothing is kept."""
+        shape = (key_states.shape[0], -1, -1, -1)
+        keys = torch.cat([self.layer.keys.expand(*shape), key_states], dim=-2)
+        return keys, torch.cat([self.layer.values.expand(*shape), value_states], dim=-2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        sizes: tuple[int, int] = self.layer.get_mask_sizes(query_length)
+        return sizes
+
+    def get_seq_length(self) -> int:
+        return int(self.layer.get_seq_length())
+
+    def get_max_length(self) -> int:
+        return int(self.layer.get_max_length())
+
+
+def _begins(row: Row, prefix: tuple[int, ...]) -> bool:
+    size = len(prefix)
+    return len(row.ids) - row.scored >= size and row.ids[:size] == prefix
+
+
+def _log_probs(hidden_ND: Tensor, head: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """Log-probabilities (rows of a chunk, V) of scored positions, chunk by chunk."""
+    for chunk_ND in hidden_ND.split(_HEAD_ROWS):
+        logits_NV = head(_filled(chunk_ND))[: len(chunk_ND)]
+        yield torch.log_softmax(logits_NV.float(), dim=-1)
+
+
+def _filled(x_ND: Tensor) -> Tensor:
+    """Repeat the last row until their number is a multiple."""
+    missing = -len(x_ND) % _POSITIONS
+    return torch.cat([x_ND, x_ND[-1:].expand(missing, -1)]) if missing else x_ND
+
+
+def _plain_mlp(body: Any) -> torch.nn.Module | None:
+    """The last layer's MLP if it is the family's own function of one position at a time."""
+    layers = getattr(body, "layers", None)
+    mlp = getattr(layers[-1], "mlp", None) if isinstance(layers, torch.nn.ModuleList) else None
+    parts = {type(part) for part in mlp.children()} if isinstance(mlp, torch.nn.Module) else set()
+    stock = type(mlp).__module__.startswith("transformers.") and type(mlp).__name__.endswith("MLP")
+    return mlp if stock and torch.nn.Linear in parts else None
+
+
+@contextmanager
+def _only_at(mlp: torch.nn.Module | None, at_N: tuple[Tensor, ...]) -> Iterator[None]:
+    """Let a module of (B, T, D) compute the given positions only; the others become zero."""
+    if mlp is None:
+        yield
+        return
+
+    def before(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        shapes.append(inputs[0].shape)
+        return (_filled(inputs[0][at_N]),)
+
+    def after(_: Any, __: Any, out_ND: Tensor) -> Tensor:
+        out_BTD = out_ND.new_zeros(shapes.pop())
+        out_BTD[at_N] = out_ND[: len(at_N[0])]
+        return out_BTD
+
+    shapes: list[torch.Size] = []
+    hooks = [mlp.register_forward_pre_hook(before), mlp.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _gather(rows: Sequence[Row], chunks: Iterator[Tensor] | list[Tensor]) -> list[list[float]]:
+    """Sum the log-probabilities of each row's continuations; chunks follow the rows' positions."""
+    tokens_N = [tokens for row in rows for tokens in zip(*row.continuations, strict=True)]
+    picked: list[list[float]] = []
+    for chunk_NV in chunks:
+        part = tokens_N[len(picked) : len(picked) + len(chunk_NV)]
+        for values_V, tokens in zip(chunk_NV, part, strict=True):
+            picked.append(values_V[torch.tensor(tokens, device=values_V.device)].tolist())
+    found, begin = [], 0
+    for row in rows:
+        found.append(
+            [sum(column) for column in zip(*picked[begin : begin + row.scored], strict=True)]
+        )
+        begin += row.scored
+    return found
+
+
+def _depends_on_length(config: Any) -> bool:
+    """Whether rotary angles follow the length of the whole input, which a prefix cannot know."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    tables = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    types = {table.get("rope_type", table.get("type")) for table in tables}
+    return bool(types.intersection(_LENGTH_DEPENDENT_ROPE))

@@ -1,0 +1,151 @@
+"""`fissile bench experts`: one recipe over several calibration seeds, every control in each run."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from fissile.config import Strict
+from fissile.errors import UsageError
+from fissile.recipe_files import find_recipe, load_recipe
+from fissile.refactor.training import Progress
+from fissile.run.bench import Bench
+from fissile.run.metrics import Metrics, Score, read_metrics
+
+_OWN_ORACLE = {
+    "pregate": "oracle",
+    "token": "oracle",
+    "per_layer": "oracle_per_layer",
+    "ridge": "oracle_layerwise",
+    "mean_gate": "oracle_layerwise",
+    "spectral": "oracle_layerwise",
+    "dynamic": "oracle_layerwise",
+}
+"""The oracle on the experts of each router."""
+
+
+class ExpertsBench(Strict):
+    """Recipe, model, text and seeds; the demo's recipe for experts unless told otherwise."""
+
+    models: tuple[str, ...] = Field((), description="the dense model's folder")
+    recipe: str = Field("demo/experts", description="name or file of a recipe with its controls")
+    calibration: str | None = Field(None, description="JSONL; default the recipe's")
+    held_out: str | None = Field(None, description="JSONL; default the recipe's")
+    seeds: tuple[int, ...] = Field((0, 1, 2), description="of calibration text and all else")
+    folder: str = Field("runs/experts", description="run folders, one a seed; kept and resumed")
+    change: tuple[str, ...] = Field((), description="KEY=VALUE items over the recipe")
+
+
+def run(settings: ExpertsBench, progress: Progress) -> dict[str, Any]:
+    """Quality of experts and routers: ln ppl over the dense model's, mean over domains and seeds.
+
+    Args:
+        settings: recipe, model, text and seeds.
+        progress: called as (stage, done, total, detail).
+
+    Returns:
+        "rows" (see `gap_rows`), "dense", "seeds", "recipe" and "conditions".
+
+    Raises:
+        UsageError: no model or no seeds; and what a run raises.
+    """
+    from fissile.eval.result import machine, model_sha256, versions
+    from fissile.run.pipeline import run_recipe
+
+    if len(settings.models) != 1 or not settings.seeds:
+        raise UsageError("experts needs one model and seeds: fissile bench experts MODEL_DIR")
+    found: list[Metrics] = []
+    items = list(settings.change)
+    for key, value in (("calibrate", settings.calibration), ("evaluate", settings.held_out)):
+        items += [f"{key}.data={value}"] if value is not None else []
+    path = find_recipe(settings.recipe)
+    recipe = load_recipe(path, items)
+    for seed in settings.seeds:
+        out = Path(settings.folder) / f"seed_{seed}"
+        seeded = load_recipe(path, [*items, f"seed={seed}"])
+        resume = (out / "recipe.yaml").exists()
+        run_recipe(seeded, settings.models[0], out, resume=resume, progress=progress)
+        found.append(read_metrics(out / "metrics.json"))
+    dense = [metrics.dense.ppl for metrics in found if metrics.dense is not None]
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "seeds": list(settings.seeds),
+        "dense": dense,
+        "rows": gap_rows(found),
+        "conditions": {
+            "model_sha256": model_sha256(Path(settings.models[0])),
+            "versions": versions(),
+            **machine(),
+        },
+    }
+
+
+def gap_rows(found: list[Metrics]) -> list[dict[str, Any]]:
+    """One row per system, active share and recovery, over runs with different seeds.
+
+    gap = mean over domains of ln ppl - ln ppl(dense). "of_static" divides it by static pruning's
+    without recovery, layers alike ("static_uniform") or not ("static"). "closed" is the share of
+    the way from static pruning to the oracle on the same experts, before recovery.
+
+    Args:
+        found: metrics of the runs.
+    """
+    gaps: dict[tuple[str, float, str], list[dict[str, float]]] = defaultdict(list)
+    for metrics in found:
+        if metrics.dense is None:
+            continue
+        for v in metrics.variants:
+            gaps[v.name, v.share, v.recovery].append(_by_domain(v, metrics.dense))
+    means = {
+        key: [statistics.fmean(domains.values()) for domains in seeds]
+        for key, seeds in gaps.items()
+    }
+    return [_row(key, seeds, means) for key, seeds in gaps.items()]
+
+
+def _by_domain(score: Score, dense: Score) -> dict[str, float]:
+    """ln ppl - ln ppl(dense) of every domain that both were measured on."""
+    found = {}
+    for name, ppl in score.by_domain.items():
+        base = dense.by_domain.get(name)
+        if ppl and base:
+            found[name] = math.log(ppl / base)
+    return found
+
+
+def _row(
+    key: tuple[str, float, str],
+    seeds: list[dict[str, float]],
+    means: dict[tuple[str, float, str], list[float]],
+) -> dict[str, Any]:
+    name, share, recovery = key
+    own = means[key]
+    row: dict[str, Any] = {
+        "system": name,
+        "share": share,
+        "recovery": recovery,
+        "gap": statistics.fmean(own),
+        "gap_by_seed": own,
+        "gap_sd": statistics.stdev(own) if len(own) > 1 else None,
+        "by_domain": {d: statistics.fmean(s[d] for s in seeds) for d in seeds[0]},
+    }
+    for static in ("static_uniform", "static"):
+        base = means.get((static, share, "none"))
+        if base:
+            row[f"of_{static}"] = row["gap"] / statistics.fmean(base)
+    base, best = (
+        means.get(("static", share, "none")),
+        means.get((_OWN_ORACLE.get(name, ""), share, "none")),
+    )
+    if recovery == "none" and base and best:
+        whole = statistics.fmean(base) - statistics.fmean(best)
+        row["closed"] = (statistics.fmean(base) - row["gap"]) / whole if whole > 0 else None
+    return row
+
+
+BENCH = Bench(ExpertsBench, run)
