@@ -38,6 +38,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_fissile.FissileForCausalLM",
 }
 
+
 def write_artifact(
     out: Path,
     config: FissileConfig,

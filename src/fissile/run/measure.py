@@ -29,7 +29,7 @@ from fissile.run.answers import Answers
 from fissile.run.context import RunContext
 from fissile.run.nesting import baseline_solver, nested_solver
 from fissile.run.stages import Stages
-from fissile.run.systems import AS_PUBLISHED, OVERRIDES, as_control
+from fissile.run.systems import OVERRIDES, UNRECOVERED, as_control, router_name
 from fissile.run.together import earlier_norms
 
 
@@ -76,7 +76,7 @@ class Measurements:
 
     def _recoveries(self, name: Control) -> list[str]:
         found = ["none"]
-        if name in AS_PUBLISHED:
+        if name in UNRECOVERED:
             return found
         if self.recipe.recover.refit:
             found.append("refit")
@@ -120,8 +120,12 @@ class Measurements:
                 install_control(layer, control, self.recipe.seed * 1000 + index)
 
         if recovery != "none" and self.recipe.recover.refit and source.routing["shared_bias"]:
-            refits: list[RefitLayer] = self.stages.refit(
-                source, f"controls/{name}.{share:g}.refit", prepare_layer
+            # The recipe's own model is among the controls: its re-fit is there already.
+            own = (name, share) == (router_name(self.recipe), self.recipe.extract.active_share)
+            refits: list[RefitLayer] = (
+                self.stages.refits
+                if own
+                else self.stages.refit(source, f"controls/{name}.{share:g}.refit", prepare_layer)
             )
             source = source.refitted(refits)
         model = load_source(source)

@@ -30,8 +30,8 @@ _ROUTES: dict[str, dict[str, Any]] = {
     "emoe": {"kind": "layerwise"},
 }
 _RIVALS = ("readme", "cmoe", "expertweaver", "emoe")
-AS_PUBLISHED = (*_RIVALS, "oracle_per_layer", "oracle_layerwise")
-"""Controls that are measured without recovery alone: rivals have none, and bounds need none."""
+UNRECOVERED = (*_RIVALS, "random", "oracle_per_layer", "oracle_layerwise")
+"""Controls that are measured as they are: rivals have no re-fit, and bounds need none."""
 
 
 def as_control(recipe: Recipe, name: Control, share: float) -> Recipe:
