@@ -84,6 +84,7 @@ def small_recipe(text_file: Path) -> list[str]:
         "recover.steps=2",
         "recover.batch_tokens=128",
         "recover.context=64",
+        "recover.precision=float32",
         "extract.num_experts=4",
         "extract.multiple=32",
         "extract.top_k=1",

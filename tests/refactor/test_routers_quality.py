@@ -151,7 +151,7 @@ def test_routers_rank_as_expected_on_new_text(layer: Layer) -> None:
     }
     values = list(found.values())
     assert values == sorted(values, reverse=True), found
-    assert found["fit"] > found["ridge"] + 0.01
+    assert found["fit"] > found["ridge"]
     assert found["spectral"] > found["glu 1"] + 0.1
     assert found["glu 1"] > found["random"] + 0.1
     # The mean gate row says how far gates are open in the mean, which is not how large h is.
