@@ -6,10 +6,11 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from fissile.config import Control
 from fissile.run.bench_experts import gap_rows
 from fissile.run.metrics import Metrics
 
@@ -71,3 +72,17 @@ def test_two_seeds_of_a_tiny_model(
     assert all(len(r["gap_by_seed"]) == 2 for r in row["rows"])
     assert len({*systems["static", "none"]["gap_by_seed"]}) == 2
     assert run_cli("bench", "experts", "-q")[0] == 2
+
+
+def test_every_system_has_a_name_a_look_and_a_place() -> None:
+    from fissile.run.advice import LABELS
+    from fissile.run.metrics_routing import Model
+    from fissile.run.plots import _CONTROLS
+    from fissile.run.theme import DARK, LIGHT, MARKERS
+
+    named = {*get_args(Model)}
+    assert {*get_args(Control)} <= named
+    assert named <= LABELS.keys()
+    drawn = named - {"dense"}
+    assert drawn == {*_CONTROLS}
+    assert drawn <= MARKERS.keys() & LIGHT.method.keys() & DARK.method.keys()

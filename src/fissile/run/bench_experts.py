@@ -15,18 +15,8 @@ from fissile.errors import UsageError
 from fissile.recipe_files import find_recipe, load_recipe
 from fissile.refactor.training import Progress
 from fissile.run.bench import Bench
+from fissile.run.gap import OWN_ORACLE
 from fissile.run.metrics import Metrics, Score, read_metrics
-
-_OWN_ORACLE = {
-    "pregate": "oracle",
-    "token": "oracle",
-    "per_layer": "oracle_per_layer",
-    "ridge": "oracle_layerwise",
-    "mean_gate": "oracle_layerwise",
-    "spectral": "oracle_layerwise",
-    "dynamic": "oracle_layerwise",
-}
-"""The oracle on the experts of each router."""
 
 
 class ExpertsBench(Strict):
@@ -54,6 +44,7 @@ def run(settings: ExpertsBench, progress: Progress) -> dict[str, Any]:
     Raises:
         UsageError: no model or no seeds; and what a run raises.
     """
+    from fissile.eval.documents import sha256_files
     from fissile.eval.result import machine, model_sha256, versions
     from fissile.run.pipeline import run_recipe
 
@@ -72,13 +63,19 @@ def run(settings: ExpertsBench, progress: Progress) -> dict[str, Any]:
         run_recipe(seeded, settings.models[0], out, resume=resume, progress=progress)
         found.append(read_metrics(out / "metrics.json"))
     dense = [metrics.dense.ppl for metrics in found if metrics.dense is not None]
+    told, text = recipe.model_dump(mode="json"), {}
+    for section in ("calibrate", "evaluate"):
+        if file := told[section]["data"]:
+            told[section]["data"] = Path(file).name
+            text[section] = sha256_files([Path(file)])
     return {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": told,
         "seeds": list(settings.seeds),
         "dense": dense,
         "rows": gap_rows(found),
         "conditions": {
             "model_sha256": model_sha256(Path(settings.models[0])),
+            "text_sha256": text,
             "versions": versions(),
             **machine(),
         },
@@ -140,7 +137,7 @@ def _row(
             row[f"of_{static}"] = row["gap"] / statistics.fmean(base)
     base, best = (
         means.get(("static", share, "none")),
-        means.get((_OWN_ORACLE.get(name, ""), share, "none")),
+        means.get((OWN_ORACLE.get(name, ""), share, "none")),
     )
     if recovery == "none" and base and best:
         whole = statistics.fmean(base) - statistics.fmean(best)

@@ -14,9 +14,16 @@ from fissile.run.metrics import Metrics, Score, Variant, find_variant
 
 Base = Literal["static", "cmoe"]
 _ERRORS = 2.0
-_OWN_EXPERTS = ("cmoe", "expertweaver", "emoe", "readme", "static", "random", "dense")
-_LAYERWISE = ("ridge", "mean_gate", "spectral")
-_ORACLES = ("oracle", "oracle_layerwise", "all_experts")
+OWN_ORACLE = {
+    "pregate": "oracle",
+    "token": "oracle",
+    "per_layer": "oracle_per_layer",
+    "ridge": "oracle_layerwise",
+    "mean_gate": "oracle_layerwise",
+    "spectral": "oracle_layerwise",
+    "dynamic": "oracle_layerwise",
+}
+"""Routers among our experts, and the oracle on the experts of each."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +89,8 @@ def oracle_of(metrics: Metrics, variant: Variant) -> Variant | None:
         metrics: of one run.
         variant: a router; None for systems that have experts of their own.
     """
-    if variant.name in (*_OWN_EXPERTS, *_ORACLES):
-        return None
-    names = ("oracle_layerwise", "oracle") if variant.name in _LAYERWISE else ("oracle",)
+    own = OWN_ORACLE.get(variant.name)
+    names = () if own is None else (own, "oracle")
     found = (find_variant(metrics, name, variant.share, variant.recovery) for name in names)
     return next((v for v in found if v is not None), None)
 

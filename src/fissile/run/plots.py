@@ -30,10 +30,12 @@ from fissile.run.theme import MARKERS, Theme
 _CONTROLS = (
     "oracle",
     "oracle_layerwise",
+    "oracle_per_layer",
     "pregate",
     "per_layer",
     "token",
     "ridge",
+    "dynamic",
     "spectral",
     "mean_gate",
     "readme",
@@ -41,6 +43,7 @@ _CONTROLS = (
     "cmoe",
     "emoe",
     "static",
+    "static_uniform",
     "random",
     "all_experts",
 )
