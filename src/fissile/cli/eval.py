@@ -25,7 +25,7 @@ def add_parser(subparsers: Subparsers) -> Parser:
         summary="perplexity or multiple-choice accuracy",
         description="Score a model. perplexity: mean over the documents' predicted tokens, in "
         "non-overlapping windows. choices: length-normalised log-likelihood of each answer. mmlu: "
-        "the scores of lm-evaluation-harness, several times sooner. routing: how the experts share "
+        "the scores of lm-evaluation-harness. routing: how the experts share "
         "the text, by layer and domain. --harness: any task of the "
         "harness itself (pip install 'fissile[eval]').",
         example="fissile eval runs/demo --task perplexity --data valid.jsonl --bits 3",
