@@ -35,7 +35,7 @@ from transformers.cache_utils import (
 from fissile.eval.scoring import split_model
 
 # Padded lengths, and numbers of positions chosen for scoring, are multiples of these.
-_LENGTHS, _POSITIONS = 4, 8
+_LENGTHS, _POSITIONS = 8, 8
 _HEAD_ROWS = 64
 _PROBE_TOKENS = 8
 # Keys that the rows of one batch may attend to, per token of the budget.

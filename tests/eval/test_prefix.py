@@ -159,10 +159,10 @@ def test_the_prefix_runs_once_and_the_head_on_scored_positions(
 
 
 def test_padding_stays_within_the_context(llama: Any) -> None:
-    """Learned positions end at the context; a row of 63 tokens is not padded past 64."""
-    rows = [Row(tuple(range(3, 61)), ((4,),)), Row((*range(3, 61), 5, 6, 7), ((4,),))]
+    """Learned positions end at the context: rows of 50 and 61 tokens take 56 and 64, or less."""
+    rows = [Row(tuple(range(3, 53)), ((4,),)), Row((*range(3, 61), 5, 6, 7), ((4,),))]
     tokens, _ = count_tokens(llama, rows, ())
-    assert tokens == 60 + 64
+    assert tokens == 56 + 64
     short = PrefixScorer(llama, 8192, 61)
     assert short._padded(rows[1], 0) == 61
 

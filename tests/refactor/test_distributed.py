@@ -51,10 +51,12 @@ def test_two_processes_train_what_one_does(
     torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-5, atol=0)
     torch.testing.assert_close(one["norms"], two["norms"], rtol=1e-3, atol=0)
     for name in one:
-        # Adam's first steps turn rounding into signs; its running mean of gradients does not.
+        # Adam's first steps turn rounding into signs; its running mean of gradients does not. Sums
+        # over tokens cancel, and their order follows the number of threads: a thousandth of the
+        # largest gradient is rounding, while a share that is not averaged would be half of it.
         if name.startswith("mean."):
             scale = float(one[name].abs().max())
-            torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4 * scale)
+            torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-3 * scale)
         elif name.startswith("value."):
             far = (one[name] - two[name]).abs() > 1e-5
             assert float(far.float().mean()) < 0.02, name
