@@ -13,7 +13,7 @@ Averages are the harness's: a group is weighted by size, its standard error is p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ from fissile.eval.uncertainty import mean_stderr, pooled_stderr
 DEFAULT_SHOTS = 5
 # Differences of this share of the value are rounding.
 _CLOSE = 1e-5
+# Tokens of prefixes cached at a time, as a share of the tokens of a forward pass.
+_CACHED_SHARE = 8
+
+_Choice = tuple[tuple[int, ...], tuple[int, ...]]
+"""Input and continuation."""
 
 
 @dataclass(frozen=True)
@@ -164,21 +169,25 @@ def mmlu(
         raise UsageError(f"limit {limit}: at least one question is needed")
     encoder = Encoder(tokenizer, model.config, scoring, context)
     scorer = PrefixScorer(model, batch_tokens, encoder.longest)
-    total = sum(len(items[:limit]) for items in data.test.values())
-    done, found = 0, {}
-    for subject, items in data.test.items():
-        items = items[:limit]
-        record = journal.load(subject) if journal is not None else None
-        if record is None:
-            text = prefix_text(subject, data.dev.get(subject, [])[:shots], scoring)
-            show = _Steps(progress, done, total, len(items), subject)
-            record = _subject(scorer, encoder, items, text, show)
+    todo = {subject: items[:limit] for subject, items in data.test.items()}
+    records = {s: journal.load(s) if journal is not None else None for s in todo}
+    found = {s: record for s, record in records.items() if record is not None}
+    steps = _Steps(progress, sum(map(len, todo.values())))
+    for subject in found:
+        steps.finished(subject, len(todo[subject]))
+    texts = {
+        s: prefix_text(s, data.dev.get(s, [])[:shots], scoring) for s in todo if s not in found
+    }
+    prefixes = {s: encoder.prefix(text) for s, text in texts.items()}
+    for group in _together(prefixes, batch_tokens // _CACHED_SHARE):
+        encoded = {s: encoder.items(todo[s], texts[s]) for s in group}
+        values = _values(scorer, encoded, prefixes, steps)
+        for subject in group:
+            found[subject] = _subject(scorer, todo[subject], encoded[subject], values)
             if journal is not None:
-                journal.save(subject, record)
-        found[subject] = record
-        done += len(items)
-        if progress is not None:
-            progress("eval", done, total, subject)
+                journal.save(subject, found[subject])
+            steps.finished(subject, len(todo[subject]))
+    found = {subject: found[subject] for subject in todo}
     details = {"shots": shots, **_details(encoder, list(found.values()))}
     return MmluResult({s: record["items"] for s, record in found.items()}, details)
 
@@ -198,36 +207,67 @@ def _details(encoder: Encoder, records: Sequence[Mapping[str, Any]]) -> dict[str
 
 
 class _Steps:
-    """Turns finished rows of a subject into finished questions."""
+    """Turns finished rows of some subjects into finished questions."""
 
-    def __init__(
-        self, progress: Progress | None, before: int, total: int, items: int, subject: str
-    ) -> None:
-        self.progress, self.before, self.total = progress, before, total
-        self.items, self.subject = items, subject
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
 
-    def __call__(self, rows: int, of: int) -> None:
+    def rows(self, subjects: Sequence[str], items: int, rows: int, of: int) -> None:
+        """So many rows of the questions of these subjects are scored."""
         if self.progress is not None and rows < of:
-            done = self.before + rows * self.items // of
-            self.progress("eval", done, self.total, self.subject)
+            others = f" and {len(subjects) - 1} more" if len(subjects) > 1 else ""
+            done = self.done + rows * items // of
+            self.progress("eval", done, self.total, subjects[0] + others)
+
+    def finished(self, subject: str, items: int) -> None:
+        """A subject is complete."""
+        self.done += items
+        if self.progress is not None:
+            self.progress("eval", self.done, self.total, subject)
+
+
+def _together(prefixes: Mapping[str, tuple[int, ...]], most_tokens: int) -> Iterator[list[str]]:
+    """Subjects whose prefixes are of one length and have no more tokens than these."""
+    by_size: dict[int, list[str]] = {}
+    for subject, prefix in prefixes.items():
+        by_size.setdefault(len(prefix), []).append(subject)
+    for size, subjects in by_size.items():
+        count = max(1, most_tokens // max(1, size))
+        yield from (subjects[i : i + count] for i in range(0, len(subjects), count))
+
+
+def _values(
+    scorer: PrefixScorer,
+    encoded: Mapping[str, Sequence[EncodedItem]],
+    prefixes: Mapping[str, tuple[int, ...]],
+    steps: _Steps,
+) -> dict[_Choice, float]:
+    """Log-likelihoods of all choices of some subjects."""
+    # Choices with the same input (the four letters; equal questions) are one row.
+    continuations: dict[tuple[tuple[int, ...], int], dict[tuple[int, ...], None]] = {}
+    shared: dict[tuple[int, ...], int] = {}
+    for subject, items in encoded.items():
+        prefix = prefixes[subject]
+        for ids, own in (choice for item in items for choice in item.choices):
+            continuations.setdefault((ids, len(own)), {})[own] = None
+            shared[ids] = len(prefix) if ids[: len(prefix)] == prefix else 0
+    rows = [Row(ids, tuple(own), shared[ids]) for (ids, _), own in continuations.items()]
+    values: dict[_Choice, float] = {}
+    count = sum(map(len, encoded.values()))
+    for done, (index, numbers) in enumerate(scorer.loglikelihoods(rows), start=1):
+        row = rows[index]
+        values |= {(row.ids, own): v for own, v in zip(row.continuations, numbers, strict=True)}
+        steps.rows(list(encoded), count, done, len(rows))
+    return values
 
 
 def _subject(
-    scorer: PrefixScorer, encoder: Encoder, items: Sequence[MmluItem], text: str, show: _Steps
+    scorer: PrefixScorer,
+    items: Sequence[MmluItem],
+    encoded: Sequence[EncodedItem],
+    values: Mapping[_Choice, float],
 ) -> dict[str, Any]:
     """Outcomes of a subject's items and counts, as JSON holds them."""
-    encoded = encoder.items(items, text)
-    # Choices with the same input (the four letters; equal questions) are one row.
-    continuations: dict[tuple[tuple[int, ...], int], dict[tuple[int, ...], None]] = {}
-    for ids, own in (choice for item in encoded for choice in item.choices):
-        continuations.setdefault((ids, len(own)), {})[own] = None
-    rows = [Row(ids, tuple(own)) for (ids, _), own in continuations.items()]
-    values: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
-    found = scorer.loglikelihoods(rows, encoder.prefix(text))
-    for done, (index, numbers) in enumerate(found, start=1):
-        row = rows[index]
-        values |= {(row.ids, own): v for own, v in zip(row.continuations, numbers, strict=True)}
-        show(done, len(rows))
     outcomes, close = [], 0
     for number, (item, rest) in enumerate(zip(items, encoded, strict=True), start=1):
         numbers = [values[choice] for choice in rest.choices]
@@ -259,7 +299,7 @@ def _is_close(numbers: Sequence[float]) -> bool:
 
 def _alone(scorer: PrefixScorer, item: EncodedItem) -> list[float]:
     """Score each input of an item by itself, from its first token."""
-    own: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
+    own: dict[_Choice, float] = {}
     for ids, continuation in dict.fromkeys(item.choices):
         _, (own[ids, continuation],) = next(scorer.loglikelihoods([Row(ids, (continuation,))]))
     return [own[choice] for choice in item.choices]

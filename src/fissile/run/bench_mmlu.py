@@ -23,7 +23,7 @@ class MmluSettings(Strict):
     data: str | None = Field(None, description="MMLU data with all 57 subjects")
     shots: list[int] = Field(default=[0, 5], description="examples before a question, in turn")
     limit: int = Field(12, ge=1, description="questions per subject")
-    batch_tokens: int = Field(8192, ge=1, description="padded tokens per forward pass")
+    batch_tokens: int = Field(2048, ge=1, description="padded tokens per forward pass")
     batch_sizes: list[int] = Field(default=[4, 16, 64], description="sizes the harness may use")
     repeats: int = Field(1, ge=1, description="runs of each side, in turn; the fastest counts")
 
