@@ -277,13 +277,14 @@ def _pointwise(body: Any) -> list[torch.nn.Module]:
     family's own MLP, and the projections to queries and from heads."""
     layers = getattr(body, "layers", None)
     last = layers[-1] if isinstance(layers, torch.nn.ModuleList) else None
-    found = []
-    mlp, attention = getattr(last, "mlp", None), getattr(last, "self_attn", None)
+    found: list[torch.nn.Module] = []
+    mlp: Any = getattr(last, "mlp", None)
+    attention: Any = getattr(last, "self_attn", None)
     if _is_stock(mlp, "MLP") and torch.nn.Linear in {type(part) for part in mlp.children()}:
         found.append(mlp)
     if _is_stock(attention, "Attention"):
         parts = [getattr(attention, name, None) for name in ("q_proj", "o_proj")]
-        found += [part for part in parts if type(part) is torch.nn.Linear]
+        found += [part for part in parts if isinstance(part, torch.nn.Linear)]
     return found
 
 

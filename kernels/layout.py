@@ -9,8 +9,14 @@ bits are the k-bit code. The bits lie in three planes, and every width has its o
     theta_3  int16 (..., N, G, 2)
     plane_4  uint8 (..., N, K/8)     the fourth bit
     theta_4  int16 (..., N, G, 2)
+    plane_6  uint8 (..., N, K/4)     the two most significant bits of the residual's code
+    theta_6  int16 (..., N, G, 2)
+    plane_8  uint8 (..., N, K/4)     the other two
+    theta_8  int16 (..., N, G, 2)
 
-in this order, so that a k-bit load is a prefix. `W_k = scale_k * code_k + zero_k`, in float32.
+in this order, so that a k-bit load is a prefix. `W_k = scale_k * value_k + zero_k`, in float32,
+where value_k is the code itself or, in a companded weight, its entry in a table of integers. Six
+and eight bits add a second code to the four-bit weight: `W_6 = W_4 + scale_6 * r_2 + zero_6`.
 
 The file needs torch and nothing else: it is copied into artifacts beside the modeling code.
 
@@ -26,9 +32,22 @@ import torch
 from torch import Tensor
 
 LAYOUT_VERSION = 1
-WIDTHS = (2, 3, 4)
+NESTED = (2, 3, 4)
+WIDTHS = (*NESTED, 6, 8)
 STORED_BITS = 4
-_PLANE_BITS = {2: 2, 3: 1, 4: 1}
+_PLANE_BITS = {2: 2, 3: 1, 4: 1, 6: 2, 8: 2}
+COMPANDED: dict[float, dict[int, tuple[int, ...]]] = {
+    1.5: {
+        3: (0, 6, 11, 15, 19, 23, 28, 34),
+        4: (0, 6, 12, 18, 23, 27, 31, 35, 39, 43, 47, 51, 56, 62, 68, 74),
+    },
+    2.0: {
+        3: (0, 4, 7, 9, 11, 13, 16, 20),
+        4: (0, 4, 8, 12, 15, 17, 19, 21, 23, 25, 27, 29, 32, 36, 40, 44),
+    },
+}
+"""Values of the codes of a companded weight, by the width of its two outer 2-bit cells in units of
+the inner ones, and by bits. At 2 bits, and with a ratio of 1, a code is its own value."""
 _FLOAT_BYTES = 4  # one fp16 scale and one fp16 zero
 
 
@@ -75,7 +94,19 @@ def pack(codes: Tensor) -> dict[str, Tensor]:
     return {
         f"plane_{width}": _pack_bits((codes >> (STORED_BITS - width)) & ((1 << bits) - 1), bits)
         for width, bits in _PLANE_BITS.items()
+        if width <= STORED_BITS
     }
+
+
+def pack_residual(codes: Tensor) -> dict[str, Tensor]:
+    """Split the 4-bit codes of a residual, uint8 (..., N, K), into plane_6 and plane_8."""
+    return {"plane_6": _pack_bits(codes >> 2, 2), "plane_8": _pack_bits(codes & 3, 2)}
+
+
+def unpack_residual(planes: Mapping[str, Tensor], bits: int) -> Tensor:
+    """Codes of the residual for 6 (two bits of them) or 8 (all four): uint8 (..., N, K)."""
+    codes = _unpack_bits(planes["plane_6"], 2)
+    return codes if bits == 6 else (codes << 2) | _unpack_bits(planes["plane_8"], 2)
 
 
 def unpack(planes: Mapping[str, Tensor], bits: int) -> Tensor:
@@ -86,12 +117,12 @@ def unpack(planes: Mapping[str, Tensor], bits: int) -> Tensor:
         bits: 2, 3 or 4.
 
     Returns:
-        uint8 (..., N, K), values 0 .. 2^bits - 1.
+        uint8 (..., N, K), codes 0 .. 2^bits - 1.
 
     Raises:
         ValueError: `bits` is not 2, 3 or 4, or a plane is missing.
     """
-    check_bits(bits)
+    check_bits(bits, NESTED)
     codes: Tensor | None = None
     for width, plane_bits in _PLANE_BITS.items():
         if width > bits:
@@ -134,10 +165,10 @@ def decode_theta(theta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def affine(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Return scale * code + zero in float32; every decoder rounds as this function does.
+    """Return scale * value + zero in float32; every decoder rounds as this function does.
 
     Args:
-        codes: uint8 (..., N, K), codes of one width.
+        codes: uint8 (..., N, K), `values` of one width.
         scale: float32 (..., N, G).
         zero: float32 (..., N, G).
     """
@@ -145,20 +176,39 @@ def affine(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return grouped.mul_(scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).flatten(-2)
 
 
-def dequantize(parts: Mapping[str, Tensor], bits: int) -> Tensor:
+def values(codes: Tensor, bits: int, companding: float = 1.0) -> Tensor:
+    """Integer values of the codes of one width, uint8; the codes themselves without companding.
+
+    Raises:
+        ValueError: `companding` is neither 1 nor a key of `COMPANDED`.
+    """
+    if companding == 1 or bits == 2:
+        return codes
+    if companding not in COMPANDED:
+        raise ValueError(f"companding {companding}, accepted: 1 or one of {list(COMPANDED)}")
+    table = torch.tensor(COMPANDED[companding][bits], dtype=torch.uint8, device=codes.device)
+    return table[codes.int()]
+
+
+def dequantize(parts: Mapping[str, Tensor], bits: int, companding: float = 1.0) -> Tensor:
     """Weights at one width: float32 (..., N, K).
 
     Args:
-        parts: planes up to `bits` and theta_`bits`.
-        bits: 2, 3 or 4.
+        parts: what `segment_names` lists for `bits`.
+        bits: one of `WIDTHS`.
+        companding: of this weight, see `COMPANDED`.
 
     Raises:
-        ValueError: a part is missing, or `bits` is not 2, 3 or 4.
+        ValueError: a part is missing, or `bits` is not stored.
     """
-    codes = unpack(parts, bits)
+    check_bits(bits)
     if f"theta_{bits}" not in parts:
         raise ValueError(f"theta_{bits} is missing, needed for {bits} bits")
-    return affine(codes, *decode_theta(parts[f"theta_{bits}"]))
+    theta = decode_theta(parts[f"theta_{bits}"])
+    if bits > STORED_BITS:
+        base = dequantize(parts, STORED_BITS, companding)
+        return base.add_(affine(unpack_residual(parts, bits), *theta))
+    return affine(values(unpack(parts, bits), bits, companding), *theta)
 
 
 def segment_names(bits: int, widths: Sequence[int] = WIDTHS) -> tuple[str, ...]:
@@ -170,10 +220,13 @@ def segment_names(bits: int, widths: Sequence[int] = WIDTHS) -> tuple[str, ...]:
         ValueError: `bits` is not one of `widths`.
     """
     check_bits(bits, widths)
+    if bits > STORED_BITS:
+        residual = (f"plane_{width}" for width in (6, 8) if width <= bits)
+        return (*segment_names(STORED_BITS, widths), *residual, f"theta_{bits}")
     return (*(f"plane_{width}" for width in _PLANE_BITS if width <= bits), f"theta_{bits}")
 
 
-def stored_names(widths: Sequence[int] = WIDTHS) -> tuple[str, ...]:
+def stored_names(widths: Sequence[int] = NESTED) -> tuple[str, ...]:
     """Suffixes of all tensors of a weight that serves `widths`, in file order."""
     names: list[str] = []
     for width in WIDTHS:
@@ -198,7 +251,7 @@ def loaded_bytes(shape: Sequence[int], group_size: int, bits: int) -> int:
     return _bytes(segment_names(bits), shape, group_size)
 
 
-def stored_bytes(shape: Sequence[int], group_size: int, widths: Sequence[int] = WIDTHS) -> int:
+def stored_bytes(shape: Sequence[int], group_size: int, widths: Sequence[int] = NESTED) -> int:
     """Bytes of a weight of shape (..., N, K) in the file, all planes and floats of `widths`."""
     return _bytes(stored_names(widths), shape, group_size)
 

@@ -91,7 +91,7 @@ class Alternation:
     """Solves rows of a batch of layers against one metric.
 
     Args:
-        weight_BOI: float32, the rows.
+        weight_BOI: float32, the rows; (W, B, O, I) where every width has a target of its own.
         metric: prepared Hessians.
         levels: widths and weights.
         plan: how much work to do.
@@ -103,7 +103,8 @@ class Alternation:
     ) -> None:
         self._weight_BOI, self._metric, self._levels, self._plan = weight_BOI, metric, levels, plan
         # Rows last: operations on a column then run over contiguous memory.
-        self._weight_BIO = take(weight_BOI.transpose(1, 2).contiguous(), metric.order_BI)
+        by_input = (0, 2, 1) if weight_BOI.dim() == 3 else (1, 3, 0, 2)
+        self._weight_BIO = take(weight_BOI.permute(by_input).contiguous(), metric.order_BI)
         self._generator = torch.Generator(weight_BOI.device).manual_seed(seed)
 
     def run(self) -> tuple[State, list[Tensor]]:
@@ -130,7 +131,7 @@ class Alternation:
         """Greedy starts from several ranges, fitted; the best of each row."""
         diagonal_BI = self._metric.h_BII.diagonal(dim1=1, dim2=2)
         ranges = search(
-            self._weight_BOI,
+            self._weight_BOI if self._weight_BOI.dim() == 3 else self._weight_BOI[-1],
             diagonal_BI,
             self._levels,
             self._metric.group_size,
@@ -138,14 +139,14 @@ class Alternation:
         )
         grids = _stack([initial_floats(*ranges, self._levels, m) for m in self._plan.multipliers])
         copies = len(self._plan.multipliers)
-        codes_BIO = start(_repeat(self._weight_BIO, copies, 2), self._metric, self._levels, grids)
-        fitted = self._fitted(_repeat(self._weight_BOI, copies, 1), codes_BIO, grids)
+        codes_BIO = start(_repeat(self._weight_BIO, copies, -1), self._metric, self._levels, grids)
+        fitted = self._fitted(_repeat(self._weight_BOI, copies, -2), codes_BIO, grids)
         return _best(fitted.unstack(copies))
 
     def _proposals(self, state: State) -> list[State]:
         """New codes for the floats of `state`: one greedy, the others sampled."""
         copies = 1 + self._plan.samples
-        weight_BIO = _repeat(self._weight_BIO, copies, 2)
+        weight_BIO = _repeat(self._weight_BIO, copies, -1)
         floats = _stack([state.floats] * copies)
         noise = None
         if self._plan.samples:
@@ -154,7 +155,8 @@ class Alternation:
         codes_BIO = start(weight_BIO, self._metric, self._levels, floats, noise)
         # Unpolished proposals lose against codes that have been through a descent.
         codes_BIO = descend(weight_BIO, self._metric, self._levels, floats, codes_BIO, sweeps=1)
-        return self._fitted(_repeat(self._weight_BOI, copies, 1), codes_BIO, floats).unstack(copies)
+        weight_BOI = _repeat(self._weight_BOI, copies, -2)
+        return self._fitted(weight_BOI, codes_BIO, floats).unstack(copies)
 
     def _fitted(self, weight_BOI: Tensor, codes_BIO: Tensor, floats: Floats) -> State:
         fit = refit(weight_BOI, self._metric, self._levels, floats, codes_BIO)

@@ -26,13 +26,14 @@ from fissile.quant.alternate import PLANS, Alternation, Effort, Plan, State
 from fissile.quant.floats import loss_rows
 from fissile.quant.integers import Levels
 from fissile.quant.metric import prepare, take
-from fissile.quant.nested import NestedWeight
+from fissile.quant.nested import NestedWeight, joined
 from fissile.quant.ranges import half_steps
 from fissile.quant.rows import slices
 
 # Bounds on what one pass keeps alive, in float32 values: Hessians of a batch, errors of its rows.
 _HESSIAN_VALUES = 1 << 24
 _ERROR_VALUES = 1 << 25
+_PROBED_ROWS = 64
 
 
 @torch.no_grad()
@@ -44,8 +45,10 @@ def solve(
     group_size: int = 64,
     omega: Mapping[int, float] | None = None,
     effort: Effort = "balanced",
+    companding: float | None = 1.0,
     damp: float = 0.01,
     seed: int = 0,
+    targets: Mapping[int, Tensor] | None = None,
 ) -> NestedWeight:
     """Quantize one weight, or a batch of equal shape, to a bit-nested code.
 
@@ -58,8 +61,12 @@ def solve(
         group_size: inputs that share a scale and a zero; divides I, and I is a multiple of 8.
         omega: weight of each width's loss, relative to 4^width; default {2: 4, 3: 1, 4: 1}.
         effort: how many starts and alternations, see `PLANS`.
+        companding: table of the values at 3 and 4 bits, 1 or a key of `layout.COMPANDED`; None for
+            the one whose quick solve of some rows ends lowest.
         damp: ridge in units of the mean diagonal of the Hessian.
         seed: of the sampled starts; the result is a function of the arguments.
+        targets: width to what that width shall come near, shaped as `weight`; `weight` for all
+            without it.
 
     Returns:
         NestedWeight with the leading dimension of `weight`, if any; scales are not negative.
@@ -71,18 +78,66 @@ def solve(
     weights = dict(omega or {2: 4.0, 3: 1.0, 4: 1.0})
     _check(weight, hessian, tuple(widths), group_size, weights, effort, damp)
     single = weight.dim() == 2
-    weight_BOI = weight.reshape(-1, *weight.shape[-2:])
+    weight_BOI = _aims(weight.reshape(-1, *weight.shape[-2:]), targets, widths)
     hessian_BII = hessian.reshape(-1, *hessian.shape[-2:])
-    levels = Levels.build(tuple(widths), weights, weight.device)
     inputs = weight.shape[-1]
-    solved = [
-        _solve_batch(
-            weight_BOI[part], hessian_BII[part], levels, group_size, PLANS[effort], damp, seed
+    if companding is None:
+        companding = choose_companding(
+            weight_BOI, hessian_BII, tuple(widths), weights, group_size, damp
         )
-        for part in slices(len(weight_BOI), max(1, _HESSIAN_VALUES // inputs**2))
+    levels = Levels.build(tuple(widths), weights, weight.device, companding)
+    rest = (levels, group_size, PLANS[effort], damp, seed)
+    solved = [
+        _solve_batch(weight_BOI[..., part, :, :], hessian_BII[part], *rest)
+        for part in slices(len(hessian_BII), max(1, _HESSIAN_VALUES // inputs**2))
     ]
-    result = _concat(solved, dim=0)
+    result = joined(solved, dim=0)
     return _squeezed(result) if single else result
+
+
+def _aims(
+    weight_BOI: Tensor, targets: Mapping[int, Tensor] | None, widths: Sequence[int]
+) -> Tensor:
+    """The weight, or the widths' targets stacked along a leading dimension."""
+    if targets is None:
+        return weight_BOI
+    return torch.stack([targets[k].reshape(weight_BOI.shape) for k in widths])
+
+
+def choose_companding(
+    weight_BOI: Tensor,
+    hessian_BII: Tensor,
+    widths: tuple[int, ...],
+    omega: Mapping[int, float],
+    group_size: int,
+    damp: float,
+) -> float:
+    """The table under which a quick solve of some rows ends with the lowest objective.
+
+    Args:
+        weight_BOI: float.
+        hessian_BII: float.
+        widths: ascending.
+        omega: weight of each width.
+        group_size: inputs that share a scale and a zero.
+        damp: ridge in units of the mean diagonal.
+
+    Returns:
+        1 or a key of `layout.COMPANDED`.
+    """
+    if widths[-1] == layout.NESTED[0]:
+        return 1.0  # no width has a table
+    layers, inputs = len(hessian_BII), weight_BOI.shape[-1]
+    layers = max(1, min(layers, _HESSIAN_VALUES // inputs**2))
+    rows = torch.linspace(0, weight_BOI.shape[-2] - 1, _PROBED_ROWS).round().long().unique()
+    sample_BOI = weight_BOI[..., :layers, :, :][..., rows.to(weight_BOI.device), :].float()
+    metric = prepare(hessian_BII[:layers], group_size, damp)
+    objective = {}
+    for ratio in (1.0, *layout.COMPANDED):
+        levels = Levels.build(widths, omega, weight_BOI.device, ratio)
+        state, _ = Alternation(sample_BOI, metric, levels, PLANS["fast"], 0).run()
+        objective[ratio] = float(state.objective_BO.sum())
+    return min(objective, key=lambda ratio: objective[ratio])
 
 
 def _solve_batch(
@@ -95,15 +150,15 @@ def _solve_batch(
     seed: int,
 ) -> NestedWeight:
     metric = prepare(hessian_BII, group_size, damp)
-    batch, rows, inputs = weight_BOI.shape
+    batch, rows, inputs = weight_BOI.shape[-3:]
     per_row = batch * inputs * len(levels.widths) * plan.copies
     solved = []
     for part in slices(rows, max(64, _ERROR_VALUES // per_row)):
-        chunk_BOI = weight_BOI[:, part].float().contiguous()
+        chunk_BOI = weight_BOI[..., part, :].float().contiguous()
         state, history = Alternation(chunk_BOI, metric, levels, plan, seed).run()
         nested = _assemble(state, history, metric.inverse_BI, levels, group_size)
         solved.append(with_loss(nested, chunk_BOI, hessian_BII))
-    return _concat(solved, dim=1)
+    return joined(solved, dim=1)
 
 
 def _assemble(
@@ -120,7 +175,13 @@ def _assemble(
         # Rounding again removes the last-bit error of centring: the value was a float16 before.
         zero[width] = (centred - scale[width] * half_step).half().float()
     return NestedWeight(
-        codes_BOI, scale, zero, levels.widths, group_size, history=torch.stack(history)
+        codes_BOI,
+        scale,
+        zero,
+        levels.widths,
+        group_size,
+        history=torch.stack(history),
+        companding=levels.companding,
     )
 
 
@@ -129,36 +190,16 @@ def with_loss(nested: NestedWeight, weight: Tensor, hessian: Tensor) -> NestedWe
 
     Args:
         nested: codes (..., O, I).
-        weight: float32 (..., O, I), the original.
+        weight: float32 (..., O, I), the original; (W, B, O, I) where every width has its own.
         hessian: float (..., I, I).
     """
-    shape = (-1, *weight.shape[-2:])
     hessian_BII = hessian.reshape(-1, *hessian.shape[-2:])
     losses = {}
-    for width in nested.widths:
-        error_BOI = nested.dequantize(width).sub_(weight).reshape(shape)
-        losses[width] = loss_rows(error_BOI, hessian_BII).float().reshape(weight.shape[:-1])
+    for w, width in enumerate(nested.widths):
+        wanted = weight[w] if weight.dim() > nested.codes.dim() else weight
+        error_BOI = nested.dequantize(width).sub_(wanted).reshape(-1, *weight.shape[-2:])
+        losses[width] = loss_rows(error_BOI, hessian_BII).float().reshape(wanted.shape[:-1])
     return replace(nested, loss=losses)
-
-
-def _concat(parts: list[NestedWeight], dim: int) -> NestedWeight:
-    """Join chunks along layers (0) or rows (1)."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-
-    def joined(name: str) -> dict[int, Tensor]:
-        return {k: torch.cat([getattr(p, name)[k] for p in parts], dim) for k in first.widths}
-
-    return NestedWeight(
-        torch.cat([p.codes for p in parts], dim),
-        joined("scale"),
-        joined("zero"),
-        first.widths,
-        first.group_size,
-        joined("loss"),
-        torch.cat([p.history for p in parts], dim + 1),
-    )
 
 
 def _squeezed(nested: NestedWeight) -> NestedWeight:
@@ -194,8 +235,8 @@ def _check(
     if weight.numel() == 0:
         raise ValueError(f"weight {tuple(weight.shape)} is empty")
     layout.check_shape(weight.shape[-1], group_size)
-    if not widths or widths != tuple(k for k in layout.WIDTHS if k in widths):
-        raise ValueError(f"widths {list(widths)}, accepted: ascending, of {list(layout.WIDTHS)}")
+    if not widths or widths != tuple(k for k in layout.NESTED if k in widths):
+        raise ValueError(f"widths {list(widths)}, accepted: ascending, of {list(layout.NESTED)}")
     for k in widths:
         if not omega.get(k, 0) > 0:
             raise ValueError(f"omega of width {k} is {omega.get(k)}, accepted: above 0")

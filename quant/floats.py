@@ -42,7 +42,7 @@ def refit(
     """Least-squares scales and zeros of every width, rounded, kept per row where they help.
 
     Args:
-        weight_BOI: float32, natural column order.
+        weight_BOI: float32, natural column order; (W, B, O, I) for a target of its own per width.
         metric: prepared Hessians; losses are in its units.
         levels: widths and weights.
         floats: the maps to start from.
@@ -51,16 +51,17 @@ def refit(
     codes_BOI = take(codes_BIO, metric.inverse_BI).transpose(1, 2)
     ones_BGG = metric.h_ones_BIG.unflatten(1, (-1, metric.group_size)).sum(2)
     scale, zero = floats.scale_BGWO.clone(), floats.zero_BGWO.clone()
-    shape = (len(levels.widths), *weight_BOI.shape[:2])
+    shape = (len(levels.widths), *weight_BOI.shape[-3:-1])
     before_WBO = torch.empty(shape, dtype=torch.float64, device=weight_BOI.device)
     after_WBO = torch.empty_like(before_WBO)
-    batch, rows, inputs = weight_BOI.shape
+    batch, rows, inputs = weight_BOI.shape[-3:]
     for part in row_chunks(rows, batch * inputs, weight_BOI.device):
         codes = codes_BOI[:, part].contiguous().int().flatten()
         for w, half_step in enumerate(half_steps(levels).split(1)):
             value = levels.value_WQ[w].index_select(0, codes).view(batch, -1, inputs)
             old = (scale[:, :, w, part].transpose(1, 2), zero[:, :, w, part].transpose(1, 2))
-            system = _system(value, weight_BOI[:, part], metric, ones_BGG, *old)
+            wanted = weight_BOI if weight_BOI.dim() == 3 else weight_BOI[w]
+            system = _system(value, wanted[:, part], metric, ones_BGG, *old)
             new_scale, new_zero, gain = _solve(system, *old, half_step)
             scale[:, :, w, part] = new_scale.transpose(1, 2)
             zero[:, :, w, part] = new_zero.transpose(1, 2)

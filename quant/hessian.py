@@ -39,13 +39,14 @@ class HessianAccumulator:
         self._count_E = torch.zeros(experts, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def add(self, x_TD: Tensor, index: Tensor | None = None) -> None:
+    def add(self, x_TD: Tensor, index: Tensor | None = None, left_TD: Tensor | None = None) -> None:
         """Add tokens.
 
         Args:
             x_TD: float (..., D); leading dimensions are flattened to T tokens.
             index: integer (T,) or (T, K), the experts that see each token; -1 for none. Required
                 if and only if the accumulator is per expert.
+            left_TD: sum left x^T instead of x x^T; shaped as `x_TD`.
 
         Raises:
             ValueError: wrong shape, an expert id out of range, or a value that is not finite.
@@ -57,18 +58,19 @@ class HessianAccumulator:
             x_TD = x_TD.float()
         if not torch.isfinite(x_TD).all():
             raise ValueError("inputs of the Hessian hold a value that is not finite")
+        left_TD = x_TD if left_TD is None else left_TD.detach().reshape(x_TD.shape).to(x_TD.dtype)
         if (index is None) != (self.batch == ()):
             found = "missing" if index is None else "given"
             raise ValueError(f"index is {found} and batch is {self.batch}: give both or neither")
         if not len(x_TD):
             return
         if index is None:
-            self._sum_EDD[0] += x_TD.T @ x_TD
+            self._sum_EDD[0] += left_TD.T @ x_TD
             self._count_E[0] += x_TD.shape[0]
         else:
-            self._add_routed(x_TD, index)
+            self._add_routed(x_TD, index, left_TD)
 
-    def _add_routed(self, x_TD: Tensor, index: Tensor) -> None:
+    def _add_routed(self, x_TD: Tensor, index: Tensor, left_TD: Tensor) -> None:
         experts, tokens = self.batch[0], x_TD.shape[0]
         if index.shape[:1] != (tokens,) or index.dim() not in (1, 2):
             raise ValueError(f"index has shape {tuple(index.shape)}, accepted: ({tokens}, K)")
@@ -83,7 +85,8 @@ class HessianAccumulator:
         for expert, rows in enumerate(order.split(counts.tolist())[1:]):
             if len(rows):
                 x_ND = x_TD.index_select(0, rows)
-                self._sum_EDD[expert] += x_ND.T @ x_ND
+                left_ND = x_ND if left_TD is x_TD else left_TD.index_select(0, rows)
+                self._sum_EDD[expert] += left_ND.T @ x_ND
         self._count_E += counts[1:]
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -95,6 +98,44 @@ class HessianAccumulator:
         """
         mean = (self._sum_EDD / self._count_E.clamp(min=1)[:, None, None]).float()
         return mean.reshape(*self.batch, self.dim, self.dim), self._count_E.reshape(self.batch)
+
+
+Measured = tuple[Tensor, Tensor | None, Tensor]
+"""Hessian, drift and tokens of an input, or of each expert's."""
+
+
+class Moments:
+    """Second moments of inputs of the quantized model, and how far they drifted from the float's.
+
+    Args:
+        dim: D, the width of the inputs.
+        batch: () for one input, (E,) for one an expert.
+        drift: sum (y - x) x^T too, y the float model's inputs.
+    """
+
+    def __init__(self, dim: int, batch: tuple[int, ...] = (), *, drift: bool) -> None:
+        self._hessian = HessianAccumulator(dim, batch)
+        self._drift = HessianAccumulator(dim, batch) if drift else None
+
+    def add(self, x_TD: Tensor, y_TD: Tensor | None, index: Tensor | None = None) -> None:
+        """Add tokens: x of the quantized model, y of the float model, as `HessianAccumulator`."""
+        self._hessian.add(x_TD, index)
+        if self._drift is not None:
+            assert y_TD is not None
+            self._drift.add(x_TD, index, y_TD - x_TD)
+
+    def finish(self) -> Measured:
+        """Mean Hessian, mean drift (None without) and tokens."""
+        drift = None if self._drift is None else self._drift.finish()[0]
+        return self._hessian.finish()[0], drift, self._hessian.finish()[1]
+
+
+def shrunk(routed: Measured, wide: Measured) -> Measured:
+    """`shrink` of the moments of experts towards those of all tokens."""
+    hessian, drift, counts = routed
+    if drift is not None and wide[1] is not None:
+        drift = shrink(drift, counts, wide[1])
+    return shrink(hessian, counts, wide[0]), drift, counts
 
 
 def shrink(hessian_EDD: Tensor, counts: Tensor, layer_hessian: Tensor) -> Tensor:

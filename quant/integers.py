@@ -19,11 +19,13 @@ are the last dimension, so that every column operation runs over contiguous memo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fissile.kernels import layout
 from fissile.quant.metric import Metric, take
 
 BLOCK = 64
@@ -35,27 +37,42 @@ class Levels:
 
     Attributes:
         widths: ascending; the code has as many bits as the last.
-        value_WQ: float32, value_k(q) = (q >> (b - k)) - (2^k - 1)/2. Centring keeps scale and zero
-            nearly uncorrelated and the float32 costs small.
+        value_WQ: float32, value_k(q) = q >> (b - k), or its entry in the companded table, less the
+            mean of the largest and the smallest. Centring keeps scale and zero nearly
+            uncorrelated and the float32 costs small.
         weight_W: float32, lambda_k = 4^k omega_k, normalised to sum 1.
+        unit_W: float32, steps of the widest width that one step of each width is worth.
+        companding: of the table, see `layout.COMPANDED`.
     """
 
     widths: tuple[int, ...]
     value_WQ: Tensor
     weight_W: Tensor
+    unit_W: Tensor
+    companding: float = 1.0
 
     @classmethod
     def build(
-        cls, widths: tuple[int, ...], omega: dict[int, float], device: torch.device
+        cls,
+        widths: tuple[int, ...],
+        omega: Mapping[int, float],
+        device: torch.device,
+        companding: float = 1.0,
     ) -> Levels:
         """Levels of `widths`; 4^k makes omega relative, since a loss falls about 4x a bit."""
-        codes_Q = torch.arange(1 << widths[-1])
-        values = [(codes_Q >> (widths[-1] - k)) - ((1 << k) - 1) / 2 for k in widths]
+        codes_Q = torch.arange(1 << widths[-1], dtype=torch.uint8)
+        tables = [layout.values(codes_Q >> (widths[-1] - k), k, companding) for k in widths]
+        value_WQ = torch.stack([table.double() - int(table.max()) / 2 for table in tables])
         weight_W = torch.tensor([4.0**k * omega[k] for k in widths], dtype=torch.float64)
+        # Least squares of the widest width's values on those of each: 2^(b - k) where they are
+        # evenly spaced.
+        unit_W = (value_WQ * value_WQ[-1]).sum(1) / value_WQ.square().sum(1)
         return cls(
             widths,
-            torch.stack(values).float().to(device),
+            value_WQ.float().to(device),
             (weight_W / weight_W.sum()).float().to(device),
+            unit_W.float().to(device),
+            companding,
         )
 
     def values(self, codes: Tensor) -> Tensor:
@@ -91,13 +108,14 @@ def start(
     """Multi-state GPTQ from scratch: uint8 codes (B, I, O), columns in visiting order.
 
     Args:
-        weight_BIO: float32, columns in visiting order.
+        weight_BIO: float32, columns in visiting order; (B, I, W, O) for a target a width.
         metric: prepared Hessians.
         levels: widths and weights.
         floats: static groups: the affine maps do not change while columns are compensated.
         noise: perturbs the choices (Klein sampling); None for the greedy rule.
     """
-    codes_BIO = torch.empty(weight_BIO.shape, dtype=torch.uint8, device=weight_BIO.device)
+    shape = (*weight_BIO.shape[:2], weight_BIO.shape[-1])
+    codes_BIO = torch.empty(shape, dtype=torch.uint8, device=weight_BIO.device)
     error_BIWO = _error_buffer(weight_BIO, levels)
     for a in range(0, weight_BIO.shape[1], BLOCK):
         cols = slice(a, min(a + BLOCK, weight_BIO.shape[1]))
@@ -122,7 +140,7 @@ def descend(
     """Joint coordinate descent: improved uint8 codes (B, I, O), columns in visiting order.
 
     Args:
-        weight_BIO: float32, columns in visiting order.
+        weight_BIO: float32, columns in visiting order; (B, I, W, O) for a target a width.
         metric: prepared Hessians.
         levels: widths and weights.
         floats: affine maps, fixed.
@@ -194,7 +212,8 @@ class _Block:
     ) -> _Block:
         group_BC = metric.group_BI[:, cols]
         scale_BCWO = take(floats.scale_BGWO, group_BC)
-        zero_BCWO = take(floats.zero_BGWO, group_BC) - weight_BIO[:, cols, None]
+        wanted_BCWO = weight_BIO[:, cols] if weight_BIO.dim() == 4 else weight_BIO[:, cols, None]
+        zero_BCWO = take(floats.zero_BGWO, group_BC) - wanted_BCWO
         slope_BCWO = scale_BCWO * levels.weight_W[:, None]
         curve_BCWO = slope_BCWO * scale_BCWO
         # lambda (s c - y)^2 up to a constant is (lambda s^2) c^2 + (-2 lambda s y) c: the costs of
@@ -269,7 +288,7 @@ class _Block:
 
 
 def _error_buffer(weight_BIO: Tensor, levels: Levels) -> Tensor:
-    batch, inputs, rows = weight_BIO.shape
+    batch, inputs, *_, rows = weight_BIO.shape
     return weight_BIO.new_empty(batch, inputs, len(levels.widths), rows)
 
 

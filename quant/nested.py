@@ -6,7 +6,9 @@ dimensions, usually none or the experts of a layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ class NestedWeight:
         loss: width to float32 (..., N), (W_k - W) H (W_k - W)^T a row, H as it was given.
         history: float64 (S, ..., N), the objective a row after every step of the solver (weighted
             over the widths, H normalised and damped); empty for the baselines.
+        companding: which table makes values of codes, see `layout.COMPANDED`.
+        residual: uint8 (..., N, K), 4-bit codes of what 4 bits miss; None without widths 6 and 8.
     """
 
     codes: Tensor
@@ -36,6 +40,8 @@ class NestedWeight:
     group_size: int
     loss: dict[int, Tensor] = field(default_factory=dict)
     history: Tensor = field(default_factory=lambda: torch.empty(0))
+    companding: float = 1.0
+    residual: Tensor | None = None
 
     def dequantize(self, bits: int) -> Tensor:
         """Weights at one width, float32 (..., N, K), bit-equal to what an artifact decodes.
@@ -44,7 +50,11 @@ class NestedWeight:
             ValueError: `bits` is not one of the widths.
         """
         layout.check_bits(bits, self.widths)
-        codes = self.codes >> (layout.STORED_BITS - bits)
+        if bits > layout.STORED_BITS:
+            assert self.residual is not None
+            part = layout.affine(self.residual >> (8 - bits), self.scale[bits], self.zero[bits])
+            return self.dequantize(layout.STORED_BITS).add_(part)
+        codes = layout.values(self.codes >> (layout.STORED_BITS - bits), bits, self.companding)
         return layout.affine(codes, self.scale[bits], self.zero[bits])
 
     def parts(self) -> dict[str, Tensor]:
@@ -54,6 +64,72 @@ class NestedWeight:
             ValueError: a scale or zero does not fit float16.
         """
         packed = layout.pack(self.codes)
+        if self.residual is not None:
+            packed |= layout.pack_residual(self.residual)
         for bits in self.widths:
             packed[f"theta_{bits}"] = layout.encode_theta(self.scale[bits], self.zero[bits])
         return {name: packed[name] for name in layout.stored_names(self.widths)}
+
+    def split(self, rows: Sequence[int]) -> list[NestedWeight]:
+        """Pieces of so many output rows each, in order."""
+        pieces, begin = [], 0
+        for count in rows:
+            pieces.append(self._each(partial(_rows, part=slice(begin, begin + count))))
+            begin += count
+        return pieces
+
+    def layer(self, index: int) -> NestedWeight:
+        """One layer (expert) of a stack."""
+        return self._each(lambda x: x[index])
+
+    def _each(self, cut: Callable[[Tensor], Tensor]) -> NestedWeight:
+        """The same function of codes, scales and zeros; what the solver recorded is dropped."""
+        return replace(
+            self,
+            codes=cut(self.codes),
+            scale={k: cut(v) for k, v in self.scale.items()},
+            zero={k: cut(v) for k, v in self.zero.items()},
+            residual=None if self.residual is None else cut(self.residual),
+            loss={},
+            history=torch.empty(0),
+        )
+
+
+def stacked(parts: Sequence[NestedWeight]) -> NestedWeight:
+    """A stack of weights of one layer (expert) each, with the same widths and table."""
+    return joined([part._each(lambda x: x[None]) for part in parts], dim=0)
+
+
+def joined(parts: Sequence[NestedWeight], dim: int) -> NestedWeight:
+    """One weight of pieces with the same widths and table, along layers (0) or rows (1).
+
+    Args:
+        parts: codes (B, O, I).
+        dim: 0 or 1.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+
+    def of(name: str) -> dict[int, Tensor]:
+        return {
+            k: torch.cat([getattr(p, name)[k] for p in parts], dim) for k in getattr(first, name)
+        }
+
+    residual = None
+    if first.residual is not None:
+        residual = torch.cat([p.residual for p in parts if p.residual is not None], dim)
+    history = [p.history for p in parts if p.history.numel()]
+    return replace(
+        first,
+        codes=torch.cat([p.codes for p in parts], dim),
+        scale=of("scale"),
+        zero=of("zero"),
+        loss=of("loss"),
+        residual=residual,
+        history=torch.cat(history, dim + 1) if history else first.history,
+    )
+
+
+def _rows(x: Tensor, part: slice) -> Tensor:
+    return x[..., part, :]

@@ -61,9 +61,8 @@ def initial_floats(
     Raises:
         ValueError: a value does not fit float16.
     """
-    top = levels.widths[-1]
-    step_BOG = half_BOG * (2 * multiplier / ((1 << top) - 1))
-    scale = torch.stack([step_BOG * (1 << (top - k)) for k in levels.widths], dim=-1)
+    step_BOG = half_BOG * (multiplier / float(half_steps(levels)[-1]))
+    scale = torch.stack([step_BOG * unit for unit in levels.unit_W.tolist()], dim=-1)
     zero = centre_BOG[..., None].expand_as(scale)
     scale, zero = round_floats(scale, zero, half_steps(levels))
     if not (torch.isfinite(scale).all() and torch.isfinite(zero).all()):
@@ -73,7 +72,7 @@ def initial_floats(
 
 
 def half_steps(levels: Levels) -> Tensor:
-    """Value of code 0 of each width, negated: (2^k - 1)/2, float32 (W,)."""
+    """Value of code 0 of each width, negated: (2^k - 1)/2 without companding; float32 (W,)."""
     return -levels.value_WQ[:, 0]
 
 
@@ -115,9 +114,8 @@ def _search(
 
 def _encoder_cost(z: Tensor, levels: Levels) -> Tensor:
     """Least sum_k lambda_k (z - T_k(q))^2 over the codes, for z >= 0 in units of the half-range."""
-    top = levels.widths[-1]
-    steps = torch.tensor([2.0 ** (top - k + 1) / ((1 << top) - 1) for k in levels.widths])
-    grid_WQ = levels.value_WQ.cpu() * steps[:, None]
+    grid_WQ = levels.value_WQ.cpu() * levels.unit_W.cpu()[:, None]
+    grid_WQ = grid_WQ / grid_WQ[-1, -1]
     weight_W1 = levels.weight_W.cpu()[:, None]
     # The cost is z^2 - 2 m_q z + c_q: the lower envelope of straight lines, one a code. For z >= 0
     # the upper half of the codes suffices.

@@ -59,6 +59,16 @@ def random_choice(mlp: RoutedMLP, seed: int) -> Callable[[Tensor], Route]:
     return route
 
 
+def fixed_choice(expert: int) -> Callable[[Tensor], Route]:
+    """Route every token to one expert, as Read-ME's perplexity test does per domain."""
+
+    def route(x_TD: Tensor) -> Route:
+        index_TK = torch.full((x_TD.shape[0], 1), expert, device=x_TD.device)
+        return index_TK, torch.ones_like(index_TK, dtype=x_TD.dtype)
+
+    return route
+
+
 def install_control(
     layer: FissileDecoderLayer, kind: str, seed: int, threshold: float | None = None
 ) -> None:

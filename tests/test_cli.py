@@ -98,6 +98,13 @@ def cases() -> dict[str, Case]:
             as_dict(ppl=7.5, by_domain={"python": 6.25}),
             "6.25",
         ),
+        (
+            "generate",
+            "generate m --prompt p --memory 1MiB --budget 2.6bpw --temperature 1",
+            "serve.generate:generate",
+            SimpleNamespace(report={"hit_rate": 0.875}, to_dict=lambda: {"hit_rate": 0.875}),
+            "hit_rate  0.875",
+        ),
         ("verify", "verify m --against d", "export.verify:verify", verified, "ok   hashes"),
         ("report", "report r", "run.report:write_report", pages, "r/report.html"),
         ("inspect", "inspect m", "run.inspect:inspect_source", {"layers": 6}, "layers  6"),

@@ -180,5 +180,7 @@ def test_constraints_pin_what_the_wheel_requires(wheel: Path, version: str) -> N
         metadata = Parser().parsestr(archive.read(name).decode())
     required = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
     assert len(required) > 12
+    # A CUDA build of torch pins the Triton it was made with; a CPU build has none.
+    required = [need for need in required if need.name != "triton"]
     for need in required:
         assert need.specifier.contains(chosen[canonicalize_name(need.name)]), need

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Width = Literal[2, 3, 4]
+Width = Literal[2, 3, 4, 6, 8]
 Share = Annotated[float, Field(gt=0, le=1)]
 Control = Literal[
     "static",
@@ -29,7 +29,10 @@ Control = Literal[
     "expertweaver",
     "emoe",
 ]
-Baseline = Literal["dedicated", "gptq", "rtn"]
+Baseline = Literal["dedicated", "gptq", "rtn", "gptaq", "decoupleq"]
+ExportTarget = Literal[
+    "mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe", "dense", "gguf", "compressed-tensors", "gptq"
+]
 GatedTask = Literal["perplexity", "choices"]
 # Widths are keys of a mapping here, which JSON makes strings.
 Served = Annotated[Literal["float", "2", "3", "4"], BeforeValidator(str)]
@@ -187,6 +190,9 @@ class Recover(Strict):
     restore: bool = Field(
         True, description="with the re-fit: a constant per expert for where it is not chosen"
     )
+    constants: bool = Field(
+        True, description="biases in FFNs and constants per expert; most stock classes have none"
+    )
     refit_tokens: int = Field(65536, gt=0, description="calibration tokens of the re-fit")
     method: Literal["none", "lora", "full"] = "lora"
     steps: int | None = Field(None, ge=0, description="budget in optimiser steps")
@@ -236,6 +242,11 @@ class Recover(Strict):
         return data if given else data | {"steps": 200}
 
     @property
+    def restores(self) -> bool:
+        """Whether the re-fit adds a constant per expert."""
+        return self.restore and self.constants
+
+    @property
     def trains(self) -> bool:
         """Whether there is anything to train."""
         return self.method != "none" and self.steps != 0
@@ -251,26 +262,66 @@ class Recover(Strict):
         return max(1, round(self.tokens / step_tokens))
 
 
+class BlockStage(Strict):
+    """Training of each transformer block's output while its linears are quantized."""
+
+    steps: int = Field(
+        0, ge=0, description="optimiser steps after each group of linears; 0: no block stage"
+    )
+    batch_tokens: int = Field(2048, gt=0, description="tokens of one step")
+    weight_rate: float = Field(1e-2, ge=0, description="of weights not yet quantized, in their rms")
+    float_rate: float = Field(5e-3, gt=0, description="of scales and zeros, in units of each scale")
+    norm_rate: float = Field(1e-3, ge=0, description="of norms; 0: they stay")
+
+
+def _omega(value: Any) -> Any:
+    """Weights of the widths behind a word."""
+    words = {"balanced": 4.0, "2-bit first": 16.0, "4-bit first": 1.0}
+    known = isinstance(value, str) and value in words
+    return {2: words[value], 3: 1.0, 4: 1.0} if known else value
+
+
 class Quantize(Strict):
     """Bit-nested weights."""
 
     enabled: bool = True
     widths: tuple[Width, ...] = (2, 3, 4)
     group_size: Literal[32, 64, 128] = 64
-    omega: dict[int, float] = Field(
+    omega: Annotated[dict[int, float], BeforeValidator(_omega)] = Field(
         {2: 4.0, 3: 1.0, 4: 1.0},
-        description="weight of each width's loss, relative to 4^width",
+        description="weight of each width's loss, relative to 4^width; or 'balanced' (as here),"
+        " '2-bit first', '4-bit first'",
     )
     effort: Literal["fast", "balanced", "best"] = "balanced"
     attention: bool = True
     damp: float = Field(0.01, gt=0)
+    method: Literal["fissile", "decoupleq"] = Field(
+        "fissile", description="ours, or decoupleQ as published (one width, integers frozen)"
+    )
+    companding: float | None = Field(
+        1.0, description="width of the outer cells (1, 1.5 or 2); null: the best for each tensor"
+    )
+    blend: float = Field(
+        0.0, ge=0, le=1, description="share made up for of the inputs' drift from the float model's"
+    )
+    block: BlockStage = BlockStage()
+    budget: str | None = Field(
+        None, description="mixed widths: bits per quantized weight (2.6bpw) or bytes (4GiB)"
+    )
     tokens: int = Field(65536, gt=0, description="calibration tokens for the Hessians")
 
     @model_validator(mode="after")
     def _widths_sorted(self) -> Quantize:
         if not self.widths or list(self.widths) != sorted(set(self.widths)):
             raise ValueError(f"widths {list(self.widths)} must be distinct and ascending")
-        if missing := [w for w in self.widths if self.omega.get(w, 0) <= 0]:
+        if self.companding not in (None, 1, 1.5, 2):
+            raise ValueError(f"companding {self.companding}, accepted: null, 1, 1.5 or 2")
+        base = [w for w in self.widths if w <= 4]
+        if len(base) < len(self.widths) and 4 not in base:
+            raise ValueError(f"widths {list(self.widths)}: 6 and 8 bits are added to 4")
+        if self.method == "decoupleq" and len(self.widths) > 1:
+            raise ValueError(f"widths {list(self.widths)}: decoupleq makes one width")
+        if missing := [w for w in base if self.omega.get(w, 0) <= 0]:
             raise ValueError(f"omega has no positive weight for width {missing[0]}")
         return self
 
@@ -282,6 +333,9 @@ class Export(Strict):
         "bfloat16", description="of tensors that are not quantized"
     )
     max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000)
+    targets: tuple[ExportTarget, ...] = Field(
+        (), description="what `fissile export` is to write later; the plan refuses what it cannot"
+    )
     default_bits: Width = 4
 
 
@@ -294,7 +348,7 @@ class Evaluate(Strict):
     batch_tokens: int = Field(8192, gt=0)
     shares: tuple[Share, ...] = (0.75, 0.5)
     controls: tuple[Control, ...] = ("static", "random", "ridge", "pregate", "oracle")
-    baselines: tuple[Baseline, ...] = get_args(Baseline)
+    baselines: tuple[Baseline, ...] = ("dedicated", "gptq", "rtn")
     control_recover_steps: int = Field(0, ge=0, description="training steps for each control")
     choices: int = Field(
         25, ge=0, description="multiple-choice items a domain, cut from the held-out text; 0: none"

@@ -108,7 +108,7 @@ def test_damaged_checkpoints(
     ("flags", "code", "words"),
     [
         (["--set", "quantize.groupsize=64"], 2, ["groupsize", "group_size"]),
-        (["--set", "quantize.widths=[2,5]"], 2, ["quantize.widths.1", "2, 3 or 4"]),
+        (["--set", "quantize.widths=[2,5]"], 2, ["quantize.widths.1", "2, 3, 4, 6 or 8"]),
         (["--set", "extract.active_share=1.0"], 2, ["active_share"]),
         (["--set", "calibrate.tokens=100"], 2, ["calibration tokens"]),
         (["--set", "calibrate.tokens=400000"], 2, ["fill", "windows"]),

@@ -19,6 +19,7 @@ from fissile.families.artifact import artifact_tensors
 from fissile.io.headers import read_header
 from fissile.io.manifest import Origin, write_manifest
 from fissile.io.writer import DTYPE_NAMES, PlannedTensor, ShardWriter
+from fissile.kernels import dispatch
 from fissile.models.build import dense_config, with_nested, with_routing
 from fissile.run import doctor
 from fissile.run.inspect import inspect_source
@@ -172,10 +173,26 @@ def test_doctor_keeps_secrets_and_names_the_kernels(monkeypatch: pytest.MonkeyPa
     found = doctor.collect()
     assert "hf_secret" not in json.dumps(found)
     assert found["environment"]["HF_HUB_OFFLINE"] == "1"
-    monkeypatch.setattr(doctor, "_DRIVERS", {"nvidia": Path(__file__)})
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    assert doctor.kernel_path() == "torch on the GPU (triton is not installed)"
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name)
-    assert doctor.kernel_path() == "triton on the GPU"
     monkeypatch.setattr(doctor, "_DRIVERS", {"nvidia": Path("/nowhere/at/all")})
-    assert doctor.kernel_path() == "torch on the CPU (no GPU driver)"
+    found = doctor.kernel_path()
+    assert found["device"] == "cpu: no GPU driver"
+    assert {found[f"{bits} bits"] for bits in (2, 3, 4, 6, 8)} == {
+        "columns (packed codes, in float32)"
+    }
+
+
+def test_doctor_says_why_a_width_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_DRIVERS", {"nvidia": Path(__file__)})
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    monkeypatch.setattr(dispatch, "triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name)
+    dispatch.refusal.cache_clear()
+    found = doctor.kernel_path()
+    assert found["device"].startswith("cuda: ")
+    assert found["4 bits"] == "triton (triton 3.6.0, launch table default, never timed)"
+    assert found["6 bits"].startswith("decoded (bits 6: the kernels take")
+    without = {"triton": None}
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: without.get(name, name))
+    dispatch.refusal.cache_clear()
+    assert doctor.kernel_path()["4 bits"] == "decoded (triton is not installed)"
+    dispatch.refusal.cache_clear()

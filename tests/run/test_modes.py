@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import inspect
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 import pytest
@@ -13,6 +18,7 @@ import torch
 from fissile import models
 from fissile.eval.tokens import load_tokenizer
 from fissile.models.source import CheckpointSource, load_source
+from fissile.run.metrics import read_metrics
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -148,3 +154,35 @@ def test_quantize_takes_a_routed_float_artifact(
     assert config.routing == models.load_config(routed).routing
     assert config.nested is not None
     assert "model.layers.0.mlp.experts.down_proj" in config.nested["modules"]
+
+
+def test_every_domain_is_best_served_by_its_own_expert(
+    demo_model: Path, tmp_path: Path, small_recipe: list[str], run_cli: Cli
+) -> None:
+    """Read-ME's own check: all tokens in one expert, each in turn, on a trained model."""
+    code = "".join(inspect.getsource(module) for module in (argparse, difflib, textwrap))
+    texts = {"python": code, "prose": "\n\n".join(topics.topics.values())}
+    data, out = tmp_path / "text.jsonl", tmp_path / "out"
+    rows = [
+        {"text": text[first : first + 2000], "domain": domain}
+        for domain, text in texts.items()
+        for first in range(0, 80_000, 2000)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    items = sets(
+        calibrate__data=str(data), calibrate__tokens="8192", evaluate__data=str(data),
+        evaluate__tokens="2000", evaluate__shares="[0.25]", evaluate__controls="[readme]",
+        evaluate__choices="0", extract__refine_rounds="0", quantize__enabled="false",
+        recover__method="none", recover__refit="false", route__block="token",
+    )  # fmt: skip
+    status, _, err = run_cli(
+        "run", "demo/moe-nested", "-q", "--model", demo_model, "--out", out, *small_recipe, *items
+    )
+    assert status == 0, err
+    (matrix,) = read_metrics(out / "metrics.json").domain_matrices
+    assert matrix.domains == ["prose", "python"]
+    assert matrix.own_is_best() == [True, True]
+    # By more than noise: the other domain's expert costs at least a tenth of the perplexity.
+    ppl = torch.tensor(matrix.ppl)
+    assert float((ppl / ppl.diagonal())[[0, 1], [1, 0]].min()) > 1.1
+    assert "best served by their own" in (out / "report.html").read_text(encoding="utf-8")

@@ -26,6 +26,16 @@ def emit(args: argparse.Namespace, payload: Mapping[str, Any], lines: Iterable[s
     _write(args.stdout, "\n".join(found) + "\n")
 
 
+def stream(args: argparse.Namespace, text: str) -> None:
+    """Print a piece of the result as soon as it is known.
+
+    Args:
+        args: parsed arguments; `args.stdout`, set by `main`, is the real standard output.
+        text: printed as it is, without a line end of its own.
+    """
+    _write(args.stdout, text)
+
+
 def complain(text: str) -> None:
     """Write one line to stderr, whatever whitespace the message holds."""
     _write(sys.stderr, " ".join(text.split()) + "\n")

@@ -18,7 +18,7 @@ from fissile.cli.output import emit, tidy
 from fissile.cli.progress import progress
 
 # Flags that are keys of the recipe's quantize section; its defaults and bounds hold.
-KEYS = ("widths", "group_size", "effort", "tokens")
+KEYS = ("widths", "group_size", "effort", "tokens", "budget")
 
 
 def add_parser(subparsers: Subparsers) -> Parser:
@@ -39,6 +39,7 @@ def add_parser(subparsers: Subparsers) -> Parser:
     parser.add_argument("--widths", type=integers, metavar="K,K", help="e.g. 2,3,4")
     parser.add_argument("--group-size", type=positive, metavar="N", help="inputs per scale")
     parser.add_argument("--effort", metavar="WORD", help="fast, balanced or best")
+    parser.add_argument("--budget", metavar="SIZE", help="mixed widths: 2.6bpw, 4GiB")
     parser.add_argument("--tokens", type=positive, metavar="N", help="calibration tokens")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
     add_download(parser)

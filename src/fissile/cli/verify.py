@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fissile.cli.common import Parser, Subparsers, add_command, one_of
+from fissile.cli.common import Parser, Subparsers, add_command, one_of, positive
 from fissile.cli.output import emit
 from fissile.cli.progress import progress
 from fissile.errors import QualityGate
 
-TARGETS = ("transformers",)
+TARGETS = ("transformers", "vllm", "llama.cpp")
 
 
 def add_parser(subparsers: Subparsers) -> Parser:
@@ -19,19 +19,23 @@ def add_parser(subparsers: Subparsers) -> Parser:
         subparsers,
         "verify",
         run,
-        summary="prove that an artifact is whole and loads",
-        description="Check every file's hash, every scale, the coverage of the tensors, and the "
-        "logits of a reload in a fresh process (exit code 5 if a check fails).",
+        summary="prove that an artifact or an export is whole and loads",
+        description="Check every file's hash, every scale, the coverage of the tensors, what the "
+        "engine demands, and, where the engine is installed, what it computes in a fresh process "
+        "(exit code 5 if a check fails).",
         example="fissile verify runs/demo --against MODEL_DIR",
     )
-    parser.add_argument("folder", metavar="DIR", help="an artifact or a run folder")
-    parser.add_argument("--against", metavar="SRC", help="the dense model it was made from")
+    parser.add_argument("folder", metavar="DIR", help="an artifact, run folder or export")
+    parser.add_argument("--against", metavar="SRC", help="the model it was made from")
     parser.add_argument(
         "--target",
         type=one_of(TARGETS),
         default=TARGETS[0],
         metavar="NAME",
         help=f"what loads it: {', '.join(TARGETS)}",
+    )
+    parser.add_argument(
+        "--bits", type=positive, metavar="K", help="width of the model in --against"
     )
     return parser
 
@@ -45,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
             Path(args.folder),
             against=Path(args.against) if args.against else None,
             target=args.target,
+            bits=args.bits,
             progress=show,
         )
     marks = [("ok  " if check.ok else "FAIL", check) for check in report.checks]

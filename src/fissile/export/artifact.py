@@ -28,8 +28,10 @@ PACKAGE = Path(__file__).resolve().parent.parent
 CODE_FILES = (
     PACKAGE / "models" / "configuration_fissile.py",
     PACKAGE / "models" / "modules_fissile.py",
+    PACKAGE / "models" / "nested_fissile.py",
     PACKAGE / "models" / "routers_fissile.py",
     PACKAGE / "models" / "modeling_fissile.py",
+    PACKAGE / "kernels" / "columns.py",
     PACKAGE / "kernels" / "layout.py",
 )
 AUTO_MAP = {

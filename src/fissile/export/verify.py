@@ -10,9 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +19,8 @@ from torch import Tensor
 from fissile import families, models
 from fissile.errors import FissileError, UnsupportedModel
 from fissile.export.artifact import CODE_FILES, portable
+from fissile.export.checks import Check, VerifyReport
+from fissile.export.verify_engines import GGUF_FILE, find_engine, rule_checks, stock_checks
 from fissile.io.headers import CheckpointHeaders, checkpoint_folder, open_checkpoint_headers
 from fissile.io.hub import copied_files
 from fissile.io.manifest import check_manifest
@@ -34,64 +34,43 @@ PROBE_SHAPE = (2, 32)
 """Windows and tokens of the logits that are compared."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at."""
-
-    name: str
-    ok: bool
-    detail: str
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """All checks of one artifact, in the order in which they ran."""
-
-    folder: str
-    checks: tuple[Check, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether every check holds."""
-        return all(check.ok for check in self.checks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {"folder": self.folder, "ok": self.ok, "checks": [asdict(c) for c in self.checks]}
-
-
 def verify(
     folder: Path,
     *,
     against: Path | None = None,
     target: str = "transformers",
+    bits: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check an artifact without changing it.
+    """Check an artifact, or an export of one, without changing it.
 
     Args:
-        folder: the artifact or its run folder.
-        against: the dense checkpoint it came from; its tokenizer and logits are compared.
-        target: what loads it; "transformers".
+        folder: the artifact, its run folder, or what `fissile export` wrote.
+        against: the dense checkpoint that an artifact came from (tokenizer and logits are
+            compared), or the artifact that an export came from (tokens are compared).
+        target: the engine that is to load it: "transformers", "vllm" or "llama.cpp".
+        bits: width of `against` where that is nested.
         progress: called as (stage, done, total, detail).
 
     Raises:
-        UnsupportedModel: the folder is no artifact, or an unknown target.
+        UnsupportedModel: the folder is no model that is handled, or an unknown target.
     """
-    if target != "transformers":
-        raise UnsupportedModel(f"target {target!r}: accepted is transformers")
+    engine = find_engine(target)
+    if (folder / GGUF_FILE).is_file():
+        return VerifyReport(str(folder), tuple(stock_checks(folder, engine, against, bits)))
     path = checkpoint_folder(folder)
     headers = open_checkpoint_headers(path)
     if headers.config.get("model_type") != "fissile":
-        found = headers.config.get("model_type")
-        raise UnsupportedModel(f"{path}: model_type is {found!r}, an artifact's is 'fissile'")
+        return VerifyReport(str(path), tuple(stock_checks(path, engine, against, bits)))
     steps: list[Callable[[], Iterator[Check]]] = [
         lambda: _files(path),
         lambda: _coverage(headers),
+        lambda: rule_checks(engine, headers),
         lambda: _floats(headers),
         lambda: _code(path),
-        lambda: _reload(path, headers),
     ]
+    if target == "transformers":
+        steps.append(lambda: _reload(path, headers))
     if against is not None:
         steps += [lambda: _tokenizer(path, against), lambda: _dense(path, headers, against)]
     checks: list[Check] = []

@@ -14,7 +14,7 @@ from fissile.families.table import dims_of
 Expected = tuple[str | None, tuple[int, ...]]
 """Dtype (None: any float) and shape of a tensor."""
 
-PLANE_BITS = {2: 2, 3: 1, 4: 1}
+PLANE_BITS = {2: 2, 3: 1, 4: 1, 6: 2, 8: 2}
 """Bits of a code that each plane adds: plane_2 holds the two most significant ones."""
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from fissile.kernels.layout import LAYOUT_VERSION
+
 
 class FissileConfig(PretrainedConfig):
     """Every field of the backbone's stock configuration, and the five below.
@@ -81,7 +83,8 @@ class FissileConfig(PretrainedConfig):
         """Return the width to serve, or None with float weights.
 
         Raises:
-            ValueError: `bits` is not one of the widths that were stored.
+            ValueError: `bits` is not one of the widths that were stored, or another version's
+                layout.
         """
         if self.nested is None:
             if self.bits is not None:
@@ -89,6 +92,9 @@ class FissileConfig(PretrainedConfig):
                     f"bits={self.bits}: this model has float weights; leave bits unset"
                 )
             return None
+        if self.nested.get("layout") != LAYOUT_VERSION:
+            found = self.nested.get("layout")
+            raise ValueError(f"nested.layout is {found!r}, this version reads {LAYOUT_VERSION}")
         widths = self.nested["widths"]
         bits = widths[-1] if self.bits is None else self.bits
         if bits not in widths:

@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from fissile.models.configuration_fissile import FissileConfig, stock_class
 from fissile.models.modules_fissile import FissileExperts, RoutedMLP, nest_linears
+from fissile.models.nested_fissile import one_step
 from fissile.models.routers_fissile import (
     PreGateRouter,
     ReadMeRouter,
@@ -171,7 +172,15 @@ class FissilePreTrainedModel(PreTrainedModel):
         config.check_bits()
         if not config.backbone["sdpa"] and config._attn_implementation in (None, "sdpa"):
             config._attn_implementation = "eager"
+        if config._experts_implementation is None:
+            # Grouped and batched products are taken where they are asked for by name.
+            config._experts_implementation = "eager"
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Always: transformers looks for the experts' decorator in this file, it is in another."""
+        return True
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -268,8 +277,9 @@ class FissileModel(FissilePreTrainedModel):
         )
         routes = self.route(inputs_embeds, input_ids, context, **kwargs)
         hidden_states = inputs_embeds
-        for layer, route in zip(self.layers, routes, strict=True):
-            hidden_states = layer(hidden_states, route, context, **kwargs)
+        with one_step(hidden_states):
+            for layer, route in zip(self.layers, routes, strict=True):
+                hidden_states = layer(hidden_states, route, context, **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )

@@ -16,49 +16,15 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from fissile.kernels.layout import dequantize, part_shape, segment_names
 from fissile.models.configuration_fissile import FissileConfig, slots_of
+from fissile.models.nested_fissile import (
+    NestedLinear,
+    NestedTensor,
+    few_products,
+    held_by_kernels,
+    kernels_for,
+)
 from fissile.models.routers_fissile import Route, Selector, choose
-
-
-class NestedTensor(nn.Module):
-    """One weight as bit planes: codes and the floats of the served width, held as buffers.
-
-    engine: serving engines re-allocate parameters in the model's dtype, so packed data are buffers.
-    """
-
-    def __init__(self, config: FissileConfig, name: str, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        nested, bits = config.nested, config.check_bits()
-        assert nested is not None
-        assert bits is not None
-        group = nested.get("groups", {}).get(name, nested["group_size"])
-        self.bits, self.shape = bits, shape
-        self.segments = segment_names(bits, nested["widths"])
-        for segment in self.segments:
-            dtype = torch.int16 if segment.startswith("theta") else torch.uint8
-            size = part_shape(segment, shape, group)
-            self.register_buffer(segment, torch.zeros(size, dtype=dtype))
-
-    def dense(self, dtype: torch.dtype, index: int | None = None) -> Tensor:
-        """Decode to (..., N, K) in `dtype`; `index` picks one matrix of a stack."""
-        parts = {name: getattr(self, name) for name in self.segments}
-        if index is not None:
-            parts = {name: part[index] for name, part in parts.items()}
-        return dequantize(parts, self.bits).to(dtype)
-
-
-class NestedLinear(nn.Module):
-    """A linear layer on a nested weight."""
-
-    def __init__(self, config: FissileConfig, name: str, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = NestedTensor(config, name, (linear.out_features, linear.in_features))
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.dense(x.dtype), self.bias)
 
 
 def nest_linears(config: FissileConfig, module: nn.Module, prefix: str) -> None:
@@ -79,7 +45,8 @@ class GatedMLP(nn.Module):
         self.gate_proj = nn.Linear(width, size, bias=False)
         self.up_proj = nn.Linear(width, size, bias=False)
         self.down_proj = nn.Linear(size, width, bias=bias)
-        self.act_fn = ACT2FN[config.backbone["activation"]]
+        self.activation = config.backbone["activation"]
+        self.act_fn = ACT2FN[self.activation]
         nest_linears(config, self, prefix)
 
     def neurons(self, x: Tensor) -> Tensor:
@@ -87,7 +54,18 @@ class GatedMLP(nn.Module):
         return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.neurons(x))
+        linears: tuple[nn.Module, ...] = (self.gate_proj, self.up_proj, self.down_proj)
+        nested: list[NestedTensor] = [
+            linear.weight for linear in linears if isinstance(linear, NestedLinear)
+        ]
+        alike = len(nested) == 3 and nested[0].alike(nested[1])
+        kernels = kernels_for(nested, x, self.activation) if alike else None
+        if kernels is None:
+            return self.down_proj(self.neurons(x))
+        gate_up = held_by_kernels(kernels, nested[:2], paired=True)
+        down = held_by_kernels(kernels, nested[2:])
+        y = kernels.mlp(x, gate_up, down, self.activation)
+        return y if self.down_proj.bias is None else y + self.down_proj.bias
 
 
 @use_experts_implementation
@@ -127,14 +105,32 @@ class NestedExperts(nn.Module):
             config, f"{prefix}.gate_up_proj", (experts, 2 * size, width)
         )
         self.down_proj = NestedTensor(config, f"{prefix}.down_proj", (experts, width, size))
-        self.act_fn = ACT2FN[config.backbone["activation"]]
+        self.activation = config.backbone["activation"]
+        self.act_fn = ACT2FN[self.activation]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        def weights(expert: int) -> tuple[Tensor, Tensor]:
-            dtype = hidden_states.dtype
-            return self.gate_up_proj.dense(dtype, expert), self.down_proj.dense(dtype, expert)
+        nested = [self.gate_up_proj, self.down_proj]
+        if (kernels := kernels_for(nested, hidden_states, self.activation)) is not None:
+            gate_up = held_by_kernels(kernels, nested[:1], paired=True)
+            down = held_by_kernels(kernels, nested[1:])
+            route = top_k_index, top_k_weights
+            return kernels.experts(hidden_states, route, gate_up, down, self.activation)
+        if few_products(self.down_proj, hidden_states, top_k_index):
+            return self._few(hidden_states, top_k_index, top_k_weights)
+        return sum_experts(self._one, hidden_states, top_k_index, top_k_weights)
 
-        return run_experts(weights, self.act_fn, hidden_states, top_k_index, top_k_weights)
+    def _one(self, x: Tensor, expert: int) -> Tensor:
+        gate, up = self.gate_up_proj.product(x, expert).chunk(2, dim=-1)
+        return self.down_proj.product(self.act_fn(gate) * up, expert)
+
+    def _few(self, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """All tokens and all of their experts in two products on packed codes."""
+        token_R, slot_R = torch.where(weights_TK != 0)
+        expert_R = index_TK[token_R, slot_R]
+        gate, up = self.gate_up_proj.products(x_TD[token_R], expert_R).chunk(2, dim=-1)
+        y_RD = self.down_proj.products(self.act_fn(gate) * up, expert_R)
+        y_RD = y_RD * weights_TK[token_R, slot_R, None].to(y_RD.dtype)
+        return torch.zeros_like(x_TD).index_add_(0, token_R, y_RD)
 
 
 def run_experts(
@@ -144,11 +140,31 @@ def run_experts(
     index_TK: Tensor,
     weights_TK: Tensor,
 ) -> Tensor:
-    """Sum of the chosen experts' outputs, (T, D); tokens are gathered expert by expert.
+    """Sum of the chosen experts' outputs, (T, D); see `sum_experts`.
 
     Args:
         weights: expert to its (2M, D) gate and up rows and its (D, M) down projection.
         act_fn: activation of the gate.
+        x_TD: inputs of the MLP.
+        index_TK: chosen experts, int64.
+        weights_TK: weight of each chosen expert's output.
+    """
+
+    def one(x: Tensor, expert: int) -> Tensor:
+        gate_up, down = weights(expert)
+        gate, up = nn.functional.linear(x, gate_up).chunk(2, dim=-1)
+        return nn.functional.linear(act_fn(gate) * up, down)
+
+    return sum_experts(one, x_TD, index_TK, weights_TK)
+
+
+def sum_experts(
+    mlp: Callable[[Tensor, int], Tensor], x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    """Sum of the chosen experts' outputs, (T, D); tokens are gathered expert by expert.
+
+    Args:
+        mlp: output of one expert for its tokens.
         x_TD: inputs of the MLP.
         index_TK: chosen experts, int64.
         weights_TK: weight of each chosen expert's output; where it is zero nothing is computed.
@@ -157,9 +173,7 @@ def run_experts(
     taken_TK = weights_TK != 0
     for expert in torch.unique(index_TK[taken_TK]).tolist():
         token, slot = torch.where((index_TK == expert) & taken_TK)
-        gate_up, down = weights(expert)
-        gate, up = nn.functional.linear(x_TD[token], gate_up).chunk(2, dim=-1)
-        y = nn.functional.linear(act_fn(gate) * up, down)
+        y = mlp(x_TD[token], expert)
         out_TD = out_TD.index_add(0, token, y * weights_TK[token, slot, None].to(y.dtype))
     return out_TD
 

@@ -50,6 +50,8 @@ class CheckpointSource:
             stored = FissileConfig.from_dict(stock)
             self.nested, stored.bits = stored.nested, bits
             self.bits = stored.check_bits()
+            # Without a width asked for, each weight has that of the plan, where there is one.
+            self._mixed = (self.nested or {}).get("mixed", {}) if bits is None else {}
             self.config = with_nested(stored, None, None)
         else:
             if bits is not None:
@@ -91,9 +93,11 @@ class CheckpointSource:
         if self.nested is None or name not in self.nested["modules"]:
             return self._finite(name, self._reader.load(name, torch.float32))
         assert self.bits is not None
-        segments = segment_names(self.bits, self.nested["widths"])
+        bits = self._mixed.get(name, self.bits)
+        segments = segment_names(bits, self.nested["widths"])
         parts = {suffix: self._reader.load(f"{name}.{suffix}") for suffix in segments}
-        return self._finite(name, dequantize(parts, self.bits))
+        companding = self.nested.get("companding", {}).get(name, 1.0)
+        return self._finite(name, dequantize(parts, bits, companding))
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if self._check:
@@ -138,15 +142,25 @@ def load_source(source: StateSource) -> FissileForCausalLM:
     for i in range(source.config.num_base_layers):
         layer = source.layer_state(i)
         state |= {f"{LAYER}{i}.{name}": tensor.clone() for name, tensor in layer.items()}
-    model = empty_model(source.config)
+    return filled(empty_model(source.config), state)
+
+
+def filled(model: FissileForCausalLM, state: dict[str, Tensor]) -> FissileForCausalLM:
+    """Give an empty model its tensors and what is computed rather than stored.
+
+    Args:
+        model: from `empty_model`; its config says what is tied and scaled.
+        state: every tensor by name; lm_head may be absent when tied.
+    """
+    config = model.config
     if "lm_head.weight" not in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
-    model.model.rotary_emb = rotary_of(source.config)
-    if source.config.backbone["scaled_embedding"]:
-        scale = torch.tensor(source.config.hidden_size**0.5)
+    model.model.rotary_emb = rotary_of(config)
+    if config.backbone["scaled_embedding"]:
+        scale = torch.tensor(config.hidden_size**0.5)
         model.model.embed_tokens.embed_scale = scale
-    if source.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
 

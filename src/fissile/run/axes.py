@@ -32,6 +32,8 @@ NAMES = {
     "pregate": "pre-gating",
     "readme": "Read-ME",
     "rtn": "RTN",
+    "gptaq": "GPTAQ",
+    "decoupleq": "decoupleQ",
     "token": "pre-gating, token id",
 }
 

@@ -13,7 +13,9 @@ from fissile.registry import Registry
 BENCHES = Registry(
     "bench",
     {
+        "decode": "fissile.run.bench_decode:BENCH",
         "experts": "fissile.run.bench_experts:BENCH",
+        "kernels": "fissile.run.bench_kernels:BENCH",
         "layer": "fissile.run.bench_layer:BENCH",
         "mmlu": "fissile.run.bench_mmlu:BENCH",
         "speed": "fissile.run.bench_speed:BENCH",

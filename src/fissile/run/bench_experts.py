@@ -39,7 +39,8 @@ def run(settings: ExpertsBench, progress: Progress) -> dict[str, Any]:
         progress: called as (stage, done, total, detail).
 
     Returns:
-        "rows" (see `gap_rows`), "dense", "seeds", "recipe" and "conditions".
+        "rows" (see `gap_rows`), "domain_matrices" (of Read-ME's experts, with the seed), "dense",
+        "seeds", "recipe" and "conditions".
 
     Raises:
         UsageError: no model or no seeds; and what a run raises.
@@ -73,6 +74,11 @@ def run(settings: ExpertsBench, progress: Progress) -> dict[str, Any]:
         "seeds": list(settings.seeds),
         "dense": dense,
         "rows": gap_rows(found),
+        "domain_matrices": [
+            matrix.model_dump() | {"seed": seed, "own_is_best": matrix.own_is_best()}
+            for seed, metrics in zip(settings.seeds, found, strict=True)
+            for matrix in metrics.domain_matrices
+        ],
         "conditions": {
             "model_sha256": model_sha256(Path(settings.models[0])),
             "text_sha256": text,

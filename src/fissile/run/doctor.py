@@ -66,13 +66,21 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def kernel_path() -> str:
-    """Which implementation of the packed matrix products this environment would use."""
+def kernel_path() -> dict[str, str]:
+    """Which implementation of the packed products would run here, by width, and why."""
+    if importlib.util.find_spec("torch") is None:
+        return {"device": "none: torch is not installed"}
+    import torch
+
+    from fissile.kernels.dispatch import report
+
     if not any(_driver(vendor) for vendor in _DRIVERS):
-        return "torch on the CPU (no GPU driver)"
-    if importlib.util.find_spec("triton") is None:
-        return "torch on the GPU (triton is not installed)"
-    return "triton on the GPU"
+        return {"device": "cpu: no GPU driver", **report(None)}
+    if torch.version.cuda is None and torch.version.hip is None:
+        return {"device": "cpu: this torch is built without CUDA and ROCm", **report(None)}
+    names = _gpu()["devices"]
+    gpu = names[0] if names else "GPU"
+    return {"device": f"cuda: {gpu}", **report(gpu)}
 
 
 def _driver(vendor: str) -> str | None:

@@ -175,7 +175,7 @@ class Estimator:
         fitted = shape.shared
         if settings.refit_scope == "all":
             fitted += shape.num_experts * shape.expert
-        inputs = fitted + (shape.num_experts if settings.restore else 0)
+        inputs = fitted + (shape.num_experts if settings.restores else 0)
         # Moments and a solve in float64, a candidate per ridge.
         moments = 8.0 * (3 * inputs**2 + 6 * inputs * dims.hidden)
         tokens = min(wanted.tokens, settings.refit_tokens)
@@ -252,11 +252,33 @@ class Estimator:
             }
         )
         layers, tokens = self.shape.dims.layers, wanted.tokens
+        # A stream of its own for every width and for the float model, beside the one counted.
+        base = [bits for bits in wanted.widths if bits <= 4]
+        steps = wanted.block.steps
+        beside = bool(wanted.blend or steps)
+        if beside:
+            streams = len(base) + (1 if steps else 0)
+            memory["widths"] = float(costs.float_bytes * tokens * self.shape.dims.hidden * streams)
+            memory["float layer"] = float(costs.float_bytes * self.shape.layer_weights)
+        if steps:
+            memory["block stage"] = self._training_a_block()
         products = sum(2.0 * tokens * inputs**2 for _, _, inputs in linears)
         entries = sum(count * outputs * inputs**2 for count, outputs, inputs in linears)
-        passes = (2 + len(linears)) * self._pass(tokens, context)
+        paths = 2 * len(base) if beside else 1
+        passes = (2 + len(linears)) * paths * self._pass(tokens, context)
+        trained = steps * len(linears) * len(base) * 3 * wanted.block.batch_tokens
+        passes += self._pass(trained, context)
         work = passes + layers * (products + entries * self._solver_products())
         return self._cost("quantize", memory, self.shape.artifact_bytes, work)
+
+    def _training_a_block(self) -> float:
+        """Weights of a block with gradients and Adam's moments, activations of one step."""
+        costs, dims, wanted = self.costs, self.shape.dims, self.recipe.quantize
+        tokens = max(wanted.block.batch_tokens, self.recipe.calibrate.context)
+        copies = costs.train_copies_d * dims.hidden + costs.train_copies_f * dims.ffn
+        scores = 2 * dims.heads * self.recipe.calibrate.context
+        held = 6 * self.shape.layer_weights + tokens * (copies + scores)
+        return float(costs.float_bytes * held)
 
     def _solving(self, count: int, outputs: int, inputs: int) -> float:
         """Most that solving `count` linears of one shape holds beside the layer."""
@@ -316,7 +338,7 @@ class Estimator:
         work += served * self._pass(wanted.choices * _ITEM_TOKENS, wanted.context)
         cost = self._cost("evaluate", memory, 0, work)
         # Baselines are solved again, width by width; how much dearer than the whole is rounded up.
-        shares = {"dedicated": 1.0, "gptq": 0.3, "rtn": 0.1}
+        shares = {"dedicated": 1.0, "gptq": 0.3, "rtn": 0.1, "gptaq": 0.5, "decoupleq": 1.0}
         again = sum(shares[name] for name in wanted.baselines) if widths else 0.0
         solved = self._quantize().seconds
         seconds = (cost.seconds[0] + again * solved[0], cost.seconds[1] + again * solved[1])

@@ -149,7 +149,8 @@ def _by_width(
         total += info.nbytes
         kind, _, width = suffix.partition("_")
         for bits in packed:
-            if int(width) == bits or (kind == "plane" and int(width) < bits):
+            below = kind == "plane" and int(width) < bits
+            if int(width) == bits or below or (bits > 4 and suffix == "theta_4"):
                 packed[bits] += info.nbytes
     rows = [
         {

@@ -20,8 +20,8 @@ from fissile.families.artifact import float_shapes
 from fissile.kernels.layout import loaded_bytes
 from fissile.models.source import MemorySource, load_source
 from fissile.models.stream import StateSource
-from fissile.quant.layers import QuantizedLayer, decode, read_layer
-from fissile.refactor.controls import install_control
+from fissile.quant.layers import QuantizedLayer, read_layer
+from fissile.refactor.controls import fixed_choice, install_control
 from fissile.refactor.convert import ConvertedSource
 from fissile.refactor.recover import train_to_teacher
 from fissile.refactor.refit import RefitLayer
@@ -31,6 +31,8 @@ from fissile.run.nesting import baseline_solver, nested_solver
 from fissile.run.stages import Stages
 from fissile.run.systems import OVERRIDES, UNRECOVERED, as_control, router_name
 from fissile.run.together import earlier_norms
+
+_DOMAIN_EXPERT = "readme_expert"
 
 
 class Measurements:
@@ -61,6 +63,10 @@ class Measurements:
                     for recovery in self._recoveries(name):
                         key = f"{name}.{share:g}.{recovery}"
                         yield key, self._bind(self._control, name, share, recovery)
+                if "readme" in self.recipe.evaluate.controls:
+                    for expert in range(len(self.stages.windows.domains)):
+                        work = self._bind(self._domain_expert, share, expert)
+                        yield f"{_DOMAIN_EXPERT}.{share:g}.{expert}", work
             yield "converted", lambda: self._served(load_source(self.stages.recovered))
         if self.recipe.quantize.enabled:
             for bits in self.recipe.quantize.widths:
@@ -119,7 +125,7 @@ class Measurements:
             if control is not None:
                 install_control(layer, control, self.recipe.seed * 1000 + index)
 
-        if recovery != "none" and self.recipe.recover.refit and source.routing["shared_bias"]:
+        if recovery != "none" and self.recipe.recover.refit and min(source.routing["shared_sizes"]):
             # The recipe's own model is among the controls: its re-fit is there already.
             own = (name, share) == (router_name(self.recipe), self.recipe.extract.active_share)
             refits: list[RefitLayer] = (
@@ -147,6 +153,13 @@ class Measurements:
                 norms=earlier_norms(self.recipe),
                 progress=self.context.tick,
             ).model
+        return self._score(model)
+
+    def _domain_expert(self, share: float, expert: int) -> dict[str, Any]:
+        """Read-ME's model with every token in one expert (section 1 of its tests)."""
+        model: Any = load_source(self._control_source("readme", share))
+        for layer in model.model.layers:
+            layer.mlp.override = fixed_choice(expert)
         return self._score(model)
 
     def _control_source(self, name: Control, share: float) -> ConvertedSource:
@@ -179,7 +192,7 @@ class Measurements:
         variants, widths = [], []
         for key, score in scores.items():
             name, _, rest = key.partition(".")
-            if key == "dense":
+            if key == "dense" or name == _DOMAIN_EXPERT:
                 continue
             if name in self.recipe.evaluate.controls:
                 share, _, recovery = rest.rpartition(".")
@@ -207,7 +220,18 @@ class Measurements:
             "variants": variants,
             "widths": widths,
             "routers": self._routers(),
+            "domain_matrices": self._domain_matrices(scores),
         }
+
+    def _domain_matrices(self, scores: dict[str, Any]) -> list[dict[str, Any]]:
+        """Perplexity of every domain in every domain's expert, per active share."""
+        domains, found = self.stages.windows.domains, []
+        for share in self.recipe.evaluate.shares:
+            keys = [f"{_DOMAIN_EXPERT}.{share:g}.{expert}" for expert in range(len(domains))]
+            if keys[0] in scores:
+                ppl = [[scores[key]["by_domain"].get(name) for name in domains] for key in keys]
+                found.append({"share": share, "domains": list(domains), "ppl": ppl})
+        return found
 
     def _routers(self) -> list[dict[str, Any]]:
         """How near every router that was measured comes to the oracle."""
@@ -257,6 +281,6 @@ def decoded(
     """A quantized model as float weights, at `bits` or the widest width that was solved."""
     state: dict[str, Tensor] = dict(source.outer_state())
     for i, layer in enumerate(layers):
-        own = layer.kept | {name: decode(layer.parts, name, bits) for name in layer.groups}
+        own = layer.kept | {name: layer.decode(name, bits) for name in layer.groups}
         state |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
     return MemorySource(source.config, state)

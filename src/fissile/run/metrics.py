@@ -25,6 +25,7 @@ from fissile.families.sizes import expert_sizes
 from fissile.run.gates import AnswerScore, GateRow
 from fissile.run.metrics_routing import (
     Division,
+    DomainMatrix,
     Model,
     Redundancy,
     RouterQuality,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from fissile.run.context import RunContext
 
 Recovery = Literal["none", "refit", "trained"]
-Method = Literal["nested", "dedicated", "gptq", "rtn", "float"]
+Method = Literal["nested", "dedicated", "gptq", "rtn", "gptaq", "decoupleq", "float"]
 
 
 class Score(Strict):
@@ -170,6 +171,7 @@ class Metrics(Strict):
     router_curve: list[float] = Field(default_factory=list, description="loss per step")
     routing: Routing | None = None
     routers: list[RouterQuality] = Field(default_factory=list)
+    domain_matrices: list[DomainMatrix] = Field(default_factory=list)
     weights: Weights | None = None
     divisions: list[Division] = Field(default_factory=list, description="one a measured share")
     stages: list[StageRow] = Field(default_factory=list)
@@ -276,6 +278,7 @@ def assemble(context: RunContext, records: Mapping[str, Mapping[str, Any]]) -> d
         "router_curve": route.get("router_curve", []),
         "routing": routing or None,
         "routers": measured.get("routers") or route.get("routers", []),
+        "domain_matrices": measured.get("domain_matrices", []),
         "weights": weights_of(context.source.family, context.source.headers.config),
         "divisions": list(_divisions(context)) if kind else [],
         "stages": [

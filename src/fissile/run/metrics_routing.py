@@ -95,6 +95,23 @@ class Redundancy(Strict):
     transitions: list[TransitionTable] = Field(default_factory=list)
 
 
+class DomainMatrix(Strict):
+    """Read-ME's experts one at a time: a row is an expert, a column the text of a domain."""
+
+    share: float
+    domains: list[str] = Field(description="of text, and whose masks made the experts")
+    ppl: list[list[float | None]]
+
+    def own_is_best(self) -> list[bool]:
+        """For every domain whether the expert made from it has the lowest perplexity on it."""
+        found = []
+        for column in range(len(self.domains)):
+            values = [row[column] for row in self.ppl]
+            known = [value for value in values if value is not None]
+            found.append(bool(known) and values[column] == min(known))
+        return found
+
+
 class RouterQuality(Strict):
     """One router against the oracle on the same experts and tokens; lists are per layer."""
 

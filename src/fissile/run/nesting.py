@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 from torch import Tensor
 
@@ -10,14 +11,18 @@ from fissile.config import Baseline, Quantize
 from fissile.io.hub import describe_source
 from fissile.io.manifest import Origin
 from fissile.io.units import UnitStore
-from fissile.kernels.layout import LAYOUT_VERSION
+from fissile.kernels.layout import LAYOUT_VERSION, STORED_BITS
 from fissile.models.build import with_nested
 from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.stream import StateSource
-from fissile.quant.baselines import gptq, rtn
+from fissile.quant.allocate import Allocation, Choice, allocate, budget_bytes
+from fissile.quant.baselines import gptaq, gptq, rtn
 from fissile.quant.decouple import solve
-from fissile.quant.layers import Solver, read_layer
+from fissile.quant.decoupleq import decoupleq
+from fissile.quant.layers import read_layer
 from fissile.quant.nested import NestedWeight
+from fissile.quant.sensitivity import choices, sharing
+from fissile.quant.solvers import Evidence, Solver, float_targets
 from fissile.run.context import RunContext
 
 
@@ -31,21 +36,53 @@ def origin_of(context: RunContext) -> Origin:
 
 
 def nested_solver(settings: Quantize, seed: int) -> Solver:
-    """The recipe's own solver: all widths in one code."""
+    """The recipe's own solver: all widths in one code, or decoupleQ."""
+    if settings.method == "decoupleq":
+        return _decoupleq(settings, settings.widths[0], seed)
+    widths = tuple(k for k in settings.widths if k <= STORED_BITS)
 
-    def solver(weight: Tensor, hessian: Tensor, group_size: int) -> NestedWeight:
+    def run(
+        weight: Tensor, evidence: Evidence, group: int, companding: float | None
+    ) -> NestedWeight:
+        targets = None
+        if evidence.drift:
+            targets = float_targets(weight, evidence, settings.blend, settings.damp)
         return solve(
             weight,
-            hessian,
-            widths=settings.widths,
-            group_size=group_size,
+            evidence.hessian,
+            widths=widths,
+            group_size=group,
             omega=settings.omega,
             effort=settings.effort,
+            companding=companding or settings.companding,
             damp=settings.damp,
             seed=seed,
+            targets=targets,
         )
 
-    return solver
+    residual = settings.widths[len(widths) :]
+    # Norms serve all widths: what helps 2 bits would cost 8.
+    block = settings.block.model_copy(update={"norm_rate": 0.0} if residual else {})
+    return Solver(
+        widths,
+        settings.blend > 0,
+        run,
+        block,
+        dict(settings.omega),
+        seed,
+        residual,
+        settings.budget is not None,
+    )
+
+
+def _decoupleq(settings: Quantize, bits: int, seed: int) -> Solver:
+    """decoupleQ: its alternation, then scales, zeros and norms against the block's output."""
+
+    def run(weight: Tensor, evidence: Evidence, group: int, _: float | None) -> NestedWeight:
+        return decoupleq(weight, evidence.hessian, bits, group, damp=settings.damp)
+
+    block = settings.block.model_copy(update={"weight_rate": 0.0})
+    return Solver((bits,), False, run, block, dict(settings.omega), seed)
 
 
 def baseline_solver(kind: Baseline, bits: int, settings: Quantize, seed: int) -> Solver:
@@ -53,9 +90,49 @@ def baseline_solver(kind: Baseline, bits: int, settings: Quantize, seed: int) ->
     single = settings.model_copy(update={"widths": (bits,)})
     if kind == "dedicated":
         return nested_solver(single, seed)
-    if kind == "gptq":
-        return lambda weight, hessian, group: gptq(weight, hessian, bits, group, damp=settings.damp)
-    return lambda weight, _hessian, group: rtn(weight, bits, group)
+    if kind == "decoupleq":
+        return _decoupleq(settings, bits, seed)
+
+    def run(weight: Tensor, evidence: Evidence, group: int, _: float | None) -> NestedWeight:
+        if kind == "gptq":
+            return gptq(weight, evidence.hessian, bits, group, settings.damp)
+        if kind == "gptaq":
+            drift = evidence.drift[bits]
+            return gptaq(weight, evidence.hessian, drift, bits, group, settings.damp)
+        return rtn(weight, bits, group)
+
+    return Solver((bits,), kind == "gptaq", run)
+
+
+def mixed_widths(config: FissileConfig, store: UnitStore, settings: Quantize) -> Allocation | None:
+    """Width of every weight under the recipe's budget; None without one.
+
+    Args:
+        config: of the model.
+        store: units that `quantize_model` left.
+        settings: of the quantization.
+
+    Raises:
+        UsageError: the budget cannot be met.
+    """
+    if settings.budget is None:
+        return None
+    table: dict[str, list[Choice]] = {}
+    members: dict[str, list[str]] = {}
+    weights = 0
+    for i in range(config.num_base_layers):
+        layer, prefix = read_layer(store, i), f"model.layers.{i}."
+        for names in sharing(list(layer.groups), config.backbone["attention"]):
+            # A plane of two bits a weight has a quarter of its inputs.
+            planes = [layer.parts[f"{name}.plane_2"].shape for name in names]
+            shapes = [(*shape[:-1], 4 * shape[-1]) for shape in planes]
+            weights += sum(prod(shape) for shape in shapes)
+            errors, group_size = layer.sensitivity[names[0]], layer.groups[names[0]]
+            table[prefix + names[0]] = choices(errors, shapes, group_size)
+            members[prefix + names[0]] = [prefix + name for name in names]
+    found = allocate(table, budget_bytes(settings.budget, weights))
+    bits = {name: found.bits[first] for first, names in members.items() for name in names}
+    return Allocation(bits, found.bytes, found.loss)
 
 
 def artifact_tensors_of(
@@ -70,10 +147,13 @@ def artifact_tensors_of(
     """
     config = with_nested(source.config, None, None)
     if store is not None:
+        allocation = mixed_widths(source.config, store, settings)
         groups: dict[str, int] = {}
+        companding: dict[str, float] = {}
         for i in range(config.num_base_layers):
-            own = read_layer(store, i).groups
-            groups |= {f"model.layers.{i}.{name}": group for name, group in own.items()}
+            own, prefix = read_layer(store, i), f"model.layers.{i}."
+            groups |= {prefix + name: group for name, group in own.groups.items()}
+            companding |= {prefix + name: ratio for name, ratio in own.companding.items()}
         nested = {
             "layout": LAYOUT_VERSION,
             "widths": list(settings.widths),
@@ -81,6 +161,10 @@ def artifact_tensors_of(
             "groups": {n: g for n, g in groups.items() if g != settings.group_size},
             "modules": list(groups),
         }
+        if companding:
+            nested["companding"] = companding
+        if allocation is not None:
+            nested["mixed"] = allocation.bits
         config = with_nested(source.config, nested, settings.widths[-1])
     outer = source.outer_state()
     cache: dict[int, dict[str, Tensor]] = {}

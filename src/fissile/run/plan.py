@@ -25,10 +25,12 @@ from fissile.run.machine import available_memory, free_disk, processors
 from fissile.run.sizing import (
     Sizes,
     artifact_sizes,
+    check_budget,
     planned_config,
     planned_experts,
     planned_shape,
 )
+from fissile.run.targets import target_problems
 
 _ROUTER_SHARE = 0.02
 _FEW_TOKENS = 64 * 2048
@@ -198,7 +200,10 @@ def make_plan(
     recipe = _fitted(recipe, headers.config)
     experts = planned_experts(recipe, dims.ffn, recipe.extract.active_share)
     config = planned_config(recipe, headers.config, family, experts)
+    if reasons := list(target_problems(recipe, family, config)):
+        raise RecipeError("; ".join(reasons))
     sizes = artifact_sizes(recipe, family, config)
+    check_budget(recipe.quantize, sizes)
     shape = planned_shape(family, config, experts, sizes, recipe)
     estimator = Estimator(shape, recipe, processors())
     stages = tuple(estimator.stage(name) for name in _stages(recipe, stop_after))

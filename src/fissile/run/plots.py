@@ -47,7 +47,7 @@ _CONTROLS = (
     "random",
     "all_experts",
 )
-_METHODS = ("nested", "dedicated", "gptq", "rtn")
+_METHODS = ("nested", "dedicated", "gptq", "rtn", "gptaq", "decoupleq")
 _OURS = ("nested", "dedicated")
 _RECOVERIES = ("none", "refit", "trained")
 

@@ -1,7 +1,7 @@
 """report.html and report.json from a run folder: no model is loaded, nothing is fetched.
 
-Reads metrics.json (required), ledger.csv, plan.json, recipe.yaml and eval/*.json (each may be
-absent).
+Reads metrics.json (required), ledger.csv, plan.json, recipe.yaml, eval/*.json and serving/ (each
+may be absent).
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from fissile.run.ledger import Ledger
 from fissile.run.metrics import Metrics, read_metrics
 from fissile.run.page import Html, advice_list, page, paragraph, section
 from fissile.run.report_eval import evaluation_data, evaluation_parts, stored_results
-from fissile.run.report_routing import quality_table, redundancy_table, speed_parts
+from fissile.run.report_routing import (
+    domain_tables,
+    quality_table,
+    redundancy_table,
+    speed_parts,
+)
+from fissile.run.report_serving import stored_comparisons, stored_parts
 from fissile.run.report_tables import (
     check_table,
     condition_parts,
@@ -75,7 +81,7 @@ def write_report(folder: Path) -> tuple[Path, Path]:
     folder = run_folder(folder)
     metrics = read_metrics(folder / "metrics.json")
     ledger = Ledger.from_csv(folder / "ledger.csv")
-    stored = stored_results(folder)
+    stored, serving = stored_results(folder), stored_comparisons(folder)
     advice = [*advise(metrics), *choose(metrics)]
     data = {
         "name": metrics.name,
@@ -83,6 +89,7 @@ def write_report(folder: Path) -> tuple[Path, Path]:
         "summary": summary_rows(metrics),
         "ledger": ledger.counts(),
         "evaluations": evaluation_data(metrics, stored),
+        "serving": {n: s if isinstance(s, str) else s.model_dump() for n, s in serving},
         "metrics": metrics.to_dict(),
     }
     html = render_report(
@@ -92,6 +99,7 @@ def write_report(folder: Path) -> tuple[Path, Path]:
         plan=_read_json(folder / "plan.json"),
         recipe=_read_text(folder / "recipe.yaml"),
         evaluations=evaluation_parts(metrics, stored),
+        serving=stored_parts(serving),
     )
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write_bytes(folder / "report.json", text.encode())
@@ -122,6 +130,7 @@ def render_report(
     plan: dict[str, Any] | None = None,
     recipe: str | None = None,
     evaluations: Sequence[Html | None] = (),
+    serving: Sequence[Html | None] = (),
 ) -> str:
     """The page as HTML.
 
@@ -132,6 +141,7 @@ def render_report(
         plan: contents of plan.json.
         recipe: text of recipe.yaml.
         evaluations: gates, answers and stored results, from `evaluation_parts`.
+        serving: simulations in the run folder, from `stored_parts`.
     """
     plots = _plots(metrics)
     seed = "" if metrics.seed is None else f"seed {metrics.seed}"
@@ -153,10 +163,12 @@ def render_report(
                 plots.get("experts"),
                 plots.get("agreement"),
                 routing_table(metrics),
+                *domain_tables(metrics),
             ],
         ),
         section("Redundancy of routing", _redundancy(metrics)),
         section("Expected speed", speed_parts(metrics)),
+        section("Serving, simulated", serving, "Not simulated: fissile trace, fissile simulate."),
         section("Training", [plots.get("curves")]),
         section("Evaluations", evaluations),
         section("Checks of the artifact", [check_table(metrics)]),

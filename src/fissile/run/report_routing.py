@@ -64,6 +64,26 @@ def quality_table(metrics: Metrics) -> Html | None:
     )
 
 
+def domain_tables(metrics: Metrics) -> list[Html]:
+    """Read-ME's experts one at a time: perplexity of every domain in every domain's expert."""
+    found = []
+    for matrix in metrics.domain_matrices:
+        own = sum(matrix.own_is_best())
+        rows: list[list[Text]] = [
+            [name, *(NONE if value is None else f"{value:.2f}" for value in row)]
+            for name, row in zip(matrix.domains, matrix.ppl, strict=True)
+        ]
+        part = table(
+            f"Read-ME's experts at active share {matrix.share:g}, every token in one of them:"
+            " perplexity on held-out text of each domain (columns) in the expert made from each"
+            f" (rows). {own} of {len(matrix.domains)} domains are best served by their own.",
+            [Column("expert", ""), *(Column(name) for name in matrix.domains)],
+            rows,
+        )
+        found.append(part)
+    return found
+
+
 def _last(metrics: Metrics, name: str, share: float) -> Variant | None:
     """The measurement of a router at its furthest recovery for which a gap is known."""
     own = [v for v in metrics.variants if (v.name, v.share) == (name, share)]

@@ -7,12 +7,14 @@ from math import prod
 from typing import Any
 
 from fissile import families
-from fissile.config import Recipe
+from fissile.config import Quantize, Recipe
+from fissile.errors import UsageError
 from fissile.families.artifact import float_shapes, nested_parts
 from fissile.families.base import Family
 from fissile.families.names import attention_shapes
 from fissile.families.sizes import ExpertSizes, expert_sizes, fitting_group
 from fissile.families.table import ARTIFACT_TYPE
+from fissile.quant.allocate import budget_bytes
 from fissile.run.costs import Shape
 
 _FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -29,6 +31,7 @@ class Sizes:
         bits_per_weight: of the nested weights at each width, floats included.
         kept_float: linears that stay in floating point, with their input width.
         small_groups: linears with a smaller group size than asked for.
+        weights: how many are quantized.
     """
 
     stored: int
@@ -37,6 +40,7 @@ class Sizes:
     bits_per_weight: dict[int, float]
     kept_float: dict[str, int]
     small_groups: dict[str, int]
+    weights: int = 0
 
 
 def artifact_sizes(recipe: Recipe, family: Family, config: dict[str, Any]) -> Sizes:
@@ -70,12 +74,26 @@ def artifact_sizes(recipe: Recipe, family: Family, config: dict[str, Any]) -> Si
             layers += count
             kind, _, width = part.partition("_")
             for bits in widths:
-                # Planes are cumulative, floats belong to one width.
-                if int(width) == bits or (kind == "plane" and int(width) < bits):
+                # Planes are cumulative, floats belong to one width; 6 and 8 bits add to 4.
+                below = kind == "plane" and int(width) < bits
+                if int(width) == bits or below or (bits > 4 and part == "theta_4"):
                     packed[bits] += count
     loaded = {bits: count + floats for bits, count in packed.items()}
     per_weight = {bits: 8 * count / weights for bits, count in packed.items() if weights}
-    return Sizes(stored + floats, layers, loaded or {0: floats}, per_weight, kept, small)
+    return Sizes(stored + floats, layers, loaded or {0: floats}, per_weight, kept, small, weights)
+
+
+def check_budget(wanted: Quantize, sizes: Sizes) -> None:
+    """Raise UsageError where the budget of mixed widths is unreadable or below the narrowest."""
+    if not (wanted.enabled and wanted.budget):
+        return
+    allowed = budget_bytes(wanted.budget, sizes.weights)
+    least = min(sizes.bits_per_weight.values(), default=0.0)
+    if 8 * allowed < least * sizes.weights:
+        raise UsageError(
+            f"quantize.budget {wanted.budget}: the narrowest widths take {least:.2f} bits a weight,"
+            f" {int(least * sizes.weights / 8)} bytes"
+        )
 
 
 def _is_linear(name: str, attention: bool) -> bool:
@@ -124,10 +142,10 @@ def planned_config(
             "per_layer": recipe.route.per_layer,
             "layout": "membership" if recipe.extract.method == "readme" else "disjoint",
             "blocks": [[[pool, list(range(experts.num_experts))]]] * layers,
-            "shared_bias": experts.shared > 0,
+            "shared_bias": experts.shared > 0 and recipe.recover.constants,
             "router": recipe.route.router_sizes(),
         }
-        if recipe.recover.refit and recipe.recover.restore and experts.shared:
+        if recipe.recover.refit and recipe.recover.restores and experts.shared:
             planned["routing"]["restore"] = True
         if recipe.route.balance_load:
             planned["routing"]["selection_bias"] = True

@@ -18,7 +18,8 @@ from fissile.export.artifact import write_artifact
 from fissile.io.units import UnitStore
 from fissile.models.source import MemorySource, UnitSource, load_source, save_units
 from fissile.models.stream import StateSource, StreamedModel
-from fissile.quant.layers import QuantizedLayer, Solver, quantize_model
+from fissile.quant.layers import QuantizedLayer, quantize_model
+from fissile.quant.solvers import Solver
 from fissile.refactor.calibrate import Windows, gather_statistics
 from fissile.refactor.convert import ConvertedSource, routing_of
 from fissile.refactor.domains import MembershipPartition
@@ -138,7 +139,7 @@ class Stages:
         events: list[Event] = []
         record: dict[str, Any] = {}
         source = self.raw_source()
-        if settings.refit and not source.routing["shared_bias"]:
+        if settings.refit and not min(source.routing["shared_sizes"]):
             what = "a layer has no shared neurons, so there is nothing to re-fit"
             events = [Event("refit_skipped", "recover", None, "mlp.shared", what)]
         elif settings.refit:
@@ -169,6 +170,7 @@ class Stages:
             "pregate" if recipe.route.kind == "pregate" and experts.router else "layerwise"
         )
         routing = routing_of(kind, experts.partitions, experts.top_k, recipe.route)
+        routing["shared_bias"] &= recipe.recover.constants
         return ConvertedSource(
             self.context.source,
             experts.partitions,
@@ -188,6 +190,7 @@ class Stages:
             partitions.append(partition)
             biases.append(static_bias(partition, mean_F, down))
         routing = routing_of("static", partitions, 1, self.recipe.route)
+        routing["shared_bias"] &= recipe.recover.constants
         return ConvertedSource(self.context.source, partitions, routing, biases=biases)
 
     def refit(
@@ -202,7 +205,7 @@ class Stages:
             batch_tokens=self.recipe.calibrate.batch_tokens,
             scope=settings.refit_scope,
             target=settings.refit_target,
-            restore=settings.restore,
+            restore=settings.restores,
             prepare=prepare,
             store=self.context.journal.store(unit),
             progress=self.context.tick,
@@ -212,7 +215,7 @@ class Stages:
     def untrained(self) -> ConvertedSource:
         """The converted model after the re-fit, before training."""
         source = self.raw_source()
-        if self.recipe.recover.refit and source.routing["shared_bias"]:
+        if self.recipe.recover.refit and min(source.routing["shared_sizes"]):
             return source.refitted(self.refits)
         return source
 
@@ -314,7 +317,9 @@ class Stages:
         context, settings = self.context, self.recipe.export
         store = context.journal.store("quantize") if self.recipe.quantize.enabled else None
         config, provide = artifact_tensors_of(self.recovered, store, self.recipe.quantize)
-        if config.nested is not None:
+        if config.nested is not None and "mixed" in config.nested:
+            config.bits = None
+        elif config.nested is not None:
             widths = config.nested["widths"]
             config.bits = settings.default_bits if settings.default_bits in widths else widths[-1]
         manifest = write_artifact(

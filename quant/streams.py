@@ -1,0 +1,86 @@
+"""What flows through the layers of a model while it is quantized.
+
+Every width that is stored has a residual stream of its own, which has gone through the layers at
+that width; the float model's stream goes beside them where targets are taken from it.
+
+Shapes: N windows, S tokens per window, T = B*S tokens of a batch, D model width, K chosen experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fissile.models.modeling_fissile import FissileDecoderLayer
+from fissile.models.routers_fissile import Route
+from fissile.models.stream import StreamedModel, batches
+
+
+class Streams:
+    """Residual streams between two layers, in place.
+
+    Args:
+        model: float model.
+        ids_NS: int64 windows without padding.
+        widths: a stream for each.
+        batch_tokens: tokens of a forward pass.
+        floats: keep the float model's stream too.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        ids_NS: Tensor,
+        widths: tuple[int, ...],
+        batch_tokens: int,
+        *,
+        floats: bool,
+    ) -> None:
+        self.model, self.slices = model, list(batches(ids_NS, batch_tokens))
+        self.hidden = {bits: model.embed(ids_NS) for bits in widths}
+        self.float_NSD = model.embed(ids_NS) if floats else None
+        self._routes = [model.routes(ids_NS[part]) for part in self.slices]
+
+    def routes(self, layer_idx: int) -> list[Route | None]:
+        """The pre-gating router's decision of every batch for one layer."""
+        return [routes[layer_idx] for routes in self._routes]
+
+    def route_of(self, layer_idx: int, windows: Tensor) -> Route | None:
+        """The same for any windows (int64 indices)."""
+        found = self.routes(layer_idx)
+        if found[0] is None:
+            return None
+        count = [part.stop - part.start for part in self.slices]
+        index, weights = (
+            torch.cat(
+                [
+                    route[i].unflatten(0, (n, -1))
+                    for route, n in zip(found, count, strict=True)
+                    if route
+                ]
+            )[windows].flatten(0, 1)
+            for i in (0, 1)
+        )
+        return index, weights
+
+    def batches(self, bits: int | None, layer_idx: int) -> Iterator[tuple[Tensor, Route | None]]:
+        """Hidden states (B, S, D) and route of every batch; of the float stream for None."""
+        hidden = self.float_NSD if bits is None else self.hidden[bits]
+        assert hidden is not None
+        for part, route in zip(self.slices, self.routes(layer_idx), strict=True):
+            yield hidden[part], route
+
+    def context(self, hidden_BSD: Tensor) -> dict[str, Any]:
+        """Masks and rotary embeddings of a batch."""
+        return self.model.context(hidden_BSD)
+
+    @torch.no_grad()
+    def advance(self, layer: FissileDecoderLayer, bits: int | None, layer_idx: int) -> None:
+        """Replace a stream by what the layer makes of it."""
+        hidden = self.float_NSD if bits is None else self.hidden[bits]
+        assert hidden is not None
+        for part, (x, route) in zip(self.slices, self.batches(bits, layer_idx), strict=True):
+            hidden[part] = layer(x, route, self.context(x))

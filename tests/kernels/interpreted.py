@@ -1,0 +1,297 @@
+"""Production kernels in Triton's interpreter, against float64; run by test_numerics.py.
+
+Not collected by itself: TRITON_INTERPRET must be set before Triton is imported, so these tests have
+a process of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+from triton.runtime.errors import InterpreterError
+
+from fissile.kernels import grids, launch, layout, route, tiles, triton_parts
+from fissile.kernels.launch import LaunchConfig
+from fissile.kernels.proof import interpreter
+from fissile.kernels.proof.interpreter import Guard
+
+BF16, FP16 = torch.bfloat16, torch.float16
+ACT: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
+}
+# Relative error of what is left before the result is rounded, and with weights rounded first.
+EXACT, ROUNDED = 2e-5, 4e-3
+
+
+@pytest.fixture(autouse=True)
+def _mended() -> None:
+    interpreter.install()
+
+
+def random_parts(shape: tuple[int, int, int], group_size: int, seed: int = 0) -> dict[str, Tensor]:
+    """A stored weight whose zeros centre the codes, as a quantizer leaves them."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (2, *shape), generator=generator, dtype=torch.uint8)
+    parts = layout.pack(codes[0]) | layout.pack_residual(codes[1])
+    for bits in layout.WIDTHS:
+        levels = 1 << min(bits, 4)
+        groups = (*shape[:-1], shape[-1] // group_size)
+        scale = (torch.rand(groups, generator=generator) + 0.5) / levels / (16 if bits > 4 else 1)
+        zero = -scale * (levels - 1) / 2 + 0.05 * torch.randn(groups, generator=generator)
+        parts[f"theta_{bits}"] = layout.encode_theta(scale, zero)
+    return parts
+
+
+def tokens(count: int, width: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    """Activations with a mean and a few outliers, which offsets would betray."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, width, generator=generator) + 0.3
+    x[:, :: max(width // 4, 1)] *= 8
+    return x.to(dtype)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("bits", tiles.BITS)
+def test_dense_products_of_awkward_shapes(bits: int, dtype: torch.dtype) -> None:
+    """K 448 is no multiple of a block, N 150 none of a tile, 5 tokens none of a token tile."""
+    parts = random_parts((1, 150, 448), 64)
+    weight, x, bias = tiles.tile(parts, bits), tokens(5, 448, dtype), tokens(1, 150, dtype)[0]
+    want = x.double() @ layout.dequantize(parts, bits)[0].double().T
+    sums, config = launch.group_sums(x, weight), LaunchConfig(8)
+    assert error(sums[:, 0], x.double().unflatten(1, (-1, 64)).sum(-1)) < 1e-6
+    part = torch.full((1, 5, 150), 7.0)
+    grids.run_decode(x, sums, weight, part, None, config)
+    assert error(part[0], want) < EXACT
+    unit = 2e-3 if dtype == BF16 else 3e-4
+    for other in (LaunchConfig(8, split=2), LaunchConfig(16, 64, portable=True)):
+        got = launch.decode_dense(x, weight, bias=bias, config=other)
+        assert got.dtype == dtype
+        assert error(got, want + bias.double()) < 2 * unit
+    got = launch.prefill_dense(x, weight, bias=bias, config=LaunchConfig(16))
+    assert error(got, want + bias.double()) < 3 * unit
+
+
+@pytest.mark.parametrize("group_size", tiles.GROUP_SIZES)
+@pytest.mark.parametrize("bits", tiles.BITS)
+def test_groups_of_every_size(bits: int, group_size: int) -> None:
+    parts = random_parts((1, 64, 512), group_size, seed=bits)
+    weight, x = tiles.tile(parts, bits), tokens(3, 512, BF16)
+    want = x.double() @ layout.dequantize(parts, bits)[0].double().T
+    part = torch.full((1, 3, 64), 7.0)
+    grids.run_decode(x, launch.group_sums(x, weight), weight, part, None, LaunchConfig(8, 64))
+    assert error(part[0], want) < EXACT
+    assert error(launch.prefill_dense(x, weight, config=LaunchConfig(16, 64)), want) < 2 * ROUNDED
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("bits", tiles.BITS)
+def test_decoding_to_a_scratch_matrix(bits: int, portable: bool) -> None:
+    parts = random_parts((2, 2 * 72, 96), 32)
+    want = layout.dequantize(parts, bits)
+    for paired in (False, True):
+        weight = tiles.tile(parts, bits, paired=paired)
+        got = launch.dequantize_rows(weight, FP16, portable=portable)
+        assert error(got, want) < 5e-4
+        scratch = torch.full((144, 96), 7.0, dtype=FP16)
+        launch.dequantize_rows(weight, FP16, 1, scratch, portable=portable)
+        assert torch.equal(scratch, got[1])
+
+
+def routed(kind: str) -> SimpleNamespace:
+    """Experts and 13 tokens: some experts empty, some slots of weight zero, or all on one."""
+    experts, width, neurons, count, top_k = 3, 160, 96, 13, 2
+    generator = torch.Generator().manual_seed(2)
+    first = torch.randint(0, 2, (count,), generator=generator) * 2
+    index = torch.stack([first, 2 - first], 1)
+    weights = torch.rand(count, top_k, generator=generator) + 0.1
+    weights[2], weights[5, 1] = 0, 0
+    if kind == "hot":
+        index, weights = torch.full((count, 1), 1), weights[:, :1]
+    return SimpleNamespace(
+        x=tokens(count, width, BF16),
+        index=index,
+        weights=weights,
+        experts=experts,
+        gate_up=random_parts((experts, 2 * neurons, width), 32, seed=3),
+        down=random_parts((experts, width, neurons), 32, seed=4),
+        add=tokens(count, width, BF16, seed=5),
+    )
+
+
+def expected(case: SimpleNamespace, bits: int, act: str) -> Tensor:
+    gate_up = layout.dequantize(case.gate_up, bits).double()
+    down = layout.dequantize(case.down, bits).double()
+    out = case.add.double()
+    for t, k in torch.nonzero(case.weights).tolist():
+        e = int(case.index[t, k])
+        gate, up = (gate_up[e] @ case.x[t].double()).chunk(2)
+        out[t] += case.weights[t, k].double() * (down[e] @ (ACT[act](gate) * up))
+    return out
+
+
+CASES = [("spread", 2, "silu"), ("hot", 4, "gelu"), ("spread", 3, "gelu_tanh"), ("hot", 8, "silu")]
+
+
+@pytest.mark.parametrize(("kind", "bits", "act"), CASES)
+def test_experts_of_few_tokens(kind: str, bits: int, act: launch.Activation) -> None:
+    case = routed(kind)
+    gate_up = tiles.tile(case.gate_up, bits, paired=True)
+    down = tiles.tile(case.down, bits)
+    plan = route.plan_routes(case.index, case.weights, case.experts, 8)
+    want = expected(case, bits, act)
+    for config in (LaunchConfig(8), LaunchConfig(8, 64), LaunchConfig(8, split=2)):
+        h, sums = launch.decode_gate_up(case.x, gate_up, plan, act, down, config=config)
+        got = launch.decode_down(h, sums, down, plan, case.weights, add=case.add, config=config)
+        assert error(got, want) < ROUNDED
+        rows = int(plan.offsets[-1])
+        assert torch.allclose(sums[:rows], launch.group_sums(h[:rows], down), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(("kind", "bits", "act"), CASES)
+def test_experts_of_many_tokens(kind: str, bits: int, act: launch.Activation) -> None:
+    case = routed(kind)
+    gate_up = tiles.tile(case.gate_up, bits, paired=True)
+    down = tiles.tile(case.down, bits)
+    plan = route.plan_routes(case.index, case.weights, case.experts, 16)
+    config = LaunchConfig(16)
+    h = launch.prefill_gate_up(case.x, gate_up, plan, act, config=config)
+    got = launch.prefill_down(h, down, plan, case.weights, add=case.add, config=config)
+    assert error(got, expected(case, bits, act)) < 2 * ROUNDED
+
+
+def test_an_unrouted_mlp_and_groups_that_tiles_share() -> None:
+    """Groups of 128 neurons span two tiles of 64 (or four of 32), whose sums must add up."""
+    x = tokens(3, 128, BF16)
+    up = random_parts((1, 2 * 256, 128), 128, seed=6)
+    down = random_parts((1, 64, 256), 128, seed=7)
+    gate_up, weight = tiles.tile(up, 4, paired=True), tiles.tile(down, 2)
+    gate, other = (x.double() @ layout.dequantize(up, 4)[0].double().T).chunk(2, -1)
+    want = (silu(gate) * other) @ layout.dequantize(down, 2)[0].double().T
+    for config in (LaunchConfig(8), LaunchConfig(8, 64), LaunchConfig(8, split=2)):
+        h, sums = launch.decode_gate_up(x, gate_up, None, "silu", weight, config=config)
+        assert torch.allclose(sums, launch.group_sums(h, weight), rtol=1e-4, atol=1e-3)
+        assert error(launch.decode_down(h, sums, weight, None, None, config=config), want) < ROUNDED
+
+
+def test_no_tokens() -> None:
+    case = routed("spread")
+    gate_up, down = tiles.tile(case.gate_up, 2, paired=True), tiles.tile(case.down, 2)
+    x, weights = case.x[:0], case.weights[:0]
+    plan = route.plan_routes(case.index[:0], weights, case.experts, 8)
+    h, sums = launch.decode_gate_up(x, gate_up, plan, "silu", down)
+    assert launch.decode_down(h, sums, down, plan, weights).shape == (0, 160)
+    h = launch.prefill_gate_up(x, gate_up, plan, "silu", config=LaunchConfig(8))
+    got = launch.prefill_down(h, down, plan, weights, config=LaunchConfig(8))
+    assert got.shape == launch.decode_dense(h, down).shape == (0, 160)
+
+
+@pytest.mark.parametrize("kind", ["spread", "hot"])
+def test_the_table_in_one_launch_equals_the_table_of_torch(kind: str) -> None:
+    case = routed(kind)
+    for block in (8, 16):
+        one = route.plan_routes(case.index, case.weights, case.experts, block, fused=True)
+        other = route.plan_routes(case.index, case.weights, case.experts, block, fused=False)
+        for name in ("tile_expert", "tile_begin", "offsets", "slot"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def watched(bits: int, **changes: Tensor) -> tuple[Guard, dict[str, Tensor]]:
+    """One product with all its tensors under guard; `changes` replaces some of them."""
+    weight = tiles.tile(random_parts((1, 128, 1024), 128), bits)
+    x = tokens(8, 1024, BF16)
+    used = {
+        "x": x,
+        "sums": launch.group_sums(x, weight),
+        **weight.tensors(),
+        "y": torch.zeros(2, 8, 128),
+    } | changes
+    with Guard(used) as guard:
+        config = LaunchConfig(8, split=2)
+        grids.run_decode(used["x"], used["sums"], weight, used["y"], None, config)
+    return guard, used
+
+
+@pytest.mark.parametrize("bits", tiles.BITS)
+def test_a_width_reads_its_bits_and_writes_each_result_once(bits: int) -> None:
+    guard, used = watched(bits)
+    codes = guard.read["codes"] + guard.read["extra"]
+    assert codes * 8 == bits * 128 * 1024
+    floats = guard.read["theta"] + guard.read["theta_extra"]
+    assert floats == (2 if bits == 8 else 1) * 4 * 128 * 8
+    assert guard.written == {"y": used["y"].nbytes}
+
+
+def test_routed_products_stay_within_their_tensors() -> None:
+    """Tiles are longer than the rows of an expert and of a weight; nothing past them is touched."""
+    case = routed("spread")
+    gate_up, down = tiles.tile(case.gate_up, 3, paired=True), tiles.tile(case.down, 3)
+    plan = route.plan_routes(case.index, case.weights, case.experts, 8)
+    sums, config = launch.group_sums(case.x, gate_up), LaunchConfig(8)
+    h, h_sums = torch.zeros(26, 96, dtype=BF16), torch.zeros(26, 2, 3)
+    table = {name: getattr(plan, name) for name in ("tile_expert", "offsets", "slot")}
+    table["tile_begin"] = plan.tile_begin
+    one = {f"gate_{name}": part for name, part in gate_up.tensors().items()}
+    with Guard({"x": case.x, "sums": sums, "h": h, "h_sums": h_sums, **one, **table}) as guard:
+        grids.run_decode(
+            case.x, sums, gate_up, h, plan, config, act="silu", down=down, y_sums=h_sums
+        )
+    rows = int(plan.offsets[-1])
+    assert guard.written == {"h": rows * 96 * 2, "h_sums": rows * 2 * 3 * 4}
+    y = torch.zeros(1, 26, 160)
+    with Guard({"h": h, "h_sums": h_sums, "y": y, **down.tensors(), **table}) as guard:
+        grids.run_decode(h, h_sums, down, y, plan, config, scatter=True)
+    assert guard.written == {"y": rows * 160 * 4}
+
+
+class TestTheProofCanFail:
+    """Negative controls: each check goes red when what it guards is broken."""
+
+    def test_a_wrong_mask_gives_a_wrong_product(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        key = (2, False, 0)
+        text = triton_parts._UNPACK[key]
+        monkeypatch.setitem(triton_parts._UNPACK, key, text.replace("0x000c000c", "0x00080008"))
+        with pytest.raises(AssertionError):
+            test_groups_of_every_size(2, 64)
+
+    def test_a_tensor_too_short_is_noticed(self) -> None:
+        with pytest.raises(InterpreterError, match=r"load of \d+ addresses outside all tensors"):
+            watched(4, x=tokens(8, 512, BF16))
+
+    def test_two_programs_that_store_to_one_place_are_noticed(self) -> None:
+        with pytest.raises(InterpreterError, match="store to one place"):
+            watched(4, y=torch.zeros(1, 8, 128).expand(2, 8, 128))
+
+    def test_reading_four_bits_for_two_is_noticed(self) -> None:
+        guard, _ = watched(4)
+        assert (guard.read["codes"] + guard.read["extra"]) * 8 != 2 * 128 * 1024
+
+    def test_unmended_bfloat16_is_refused(self) -> None:
+        import triton
+        import triton.language as tl
+
+        @triton.jit
+        def double(x_ptr: tl.tensor) -> None:
+            i = tl.arange(0, 16)
+            tl.store(x_ptr + i, tl.load(x_ptr + i) * 2)
+
+        with pytest.raises(InterpreterError, match="cast to float32 first"):
+            double[(1,)](torch.ones(16, dtype=BF16))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _single_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

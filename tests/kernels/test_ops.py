@@ -1,0 +1,203 @@
+"""The torch operators: opcheck, compilation, and their CPU kernels against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fissile.kernels import dispatch, ops
+from fissile.kernels.configs import Table, choose_config, choose_method, split_for, table_name
+from fissile.kernels.grids import LaunchConfig
+from fissile.kernels.layout import dequantize, encode_theta, pack, pack_residual, segment_names
+from fissile.kernels.tiles import TiledWeight, tile
+
+BITS, GROUP, D, F, E, T, K = 4, 32, 64, 96, 3, 5, 2
+
+
+def stored(size: tuple[int, ...], seed: int, bits: int = BITS) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    codes, residual = (
+        torch.randint(0, 16, size, generator=rng, dtype=torch.uint8) for _ in range(2)
+    )
+    groups = (*size[:-1], size[-1] // GROUP)
+    parts = pack(codes) | pack_residual(residual)
+    for width in (min(bits, 4), bits):
+        scale = torch.rand(groups, generator=rng) * 0.02 + 0.01
+        parts[f"theta_{width}"] = encode_theta(scale, -7 * scale)
+    return {name: parts[name] for name in segment_names(bits, (min(bits, 4), bits))}
+
+
+def rand(*size: int, seed: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def layer() -> dict[str, Any]:
+    """Weights in both orders, activations and a route in which a slot has weight zero."""
+    wide, narrow = stored((E, 2 * F, D), 1), stored((E, D, F), 2)
+    weights = torch.ones(T, K)
+    weights[1, 1] = 0
+    weights[3, 0] = 0.5
+    index = torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [2, 1]])
+    return {
+        "wide": tile(wide, BITS, paired=True),
+        "narrow": tile(narrow, BITS),
+        "dense_wide": dequantize(wide, BITS).double(),
+        "dense_narrow": dequantize(narrow, BITS).double(),
+        "x": rand(T, D, seed=3),
+        "route": (index, weights),
+    }
+
+
+def experts_in_float64(layer: dict[str, Any]) -> Tensor:
+    x, (index, weights) = layer["x"].double(), layer["route"]
+    y = torch.zeros(T, D, dtype=torch.float64)
+    for t in range(T):
+        for k in range(K):
+            gate, up = (layer["dense_wide"][index[t, k]] @ x[t]).chunk(2)
+            h = torch.nn.functional.silu(gate) * up
+            y[t] += weights[t, k] * (layer["dense_narrow"][index[t, k]] @ h)
+    return y
+
+
+def close(got: Tensor, want: Tensor, relative: float = 1e-5) -> None:
+    assert got.shape == want.shape
+    assert float((got.double() - want).norm() / want.norm()) < relative
+
+
+def one(weight: TiledWeight, expert: int = 0) -> TiledWeight:
+    """One matrix of a stack."""
+    tensors = {name: part[expert : expert + 1] for name, part in weight.tensors().items()}
+    shape = (1, *weight.shape[1:])
+    whole = {f: getattr(weight, f) for f in weight.__dataclass_fields__} | tensors
+    return TiledWeight(**(whole | {"shape": shape}))
+
+
+def test_operators_pass_opcheck(layer: dict[str, Any]) -> None:
+    wide, narrow = ops.flatten(layer["wide"]), ops.flatten(layer["narrow"])
+    first, second = ops.flatten(one(layer["wide"])), ops.flatten(one(layer["narrow"]))
+    index, weights = layer["route"]
+    plan = ops.plan_table(index, weights, E, BITS)
+    x = layer["x"]
+    eight = ops.flatten(tile(stored((24, D), 5, 8), 8))
+    for operator, arguments in (
+        (ops.nested_linear, (x, *eight, None)),
+        (ops.nested_linear, (x, *eight, rand(24, seed=6))),
+        (ops.nested_mlp, (x, *first, *second, "gelu")),
+        (ops.plan_table, (index, weights, E, BITS)),
+        (ops.nested_experts, (x, weights, plan, *wide, *narrow, "silu")),
+    ):
+        done = torch.library.opcheck(operator, arguments)
+        assert set(done.values()) == {"SUCCESS"}, done
+
+
+def test_linear_with_bias_in_float64(layer: dict[str, Any]) -> None:
+    parts, bias = stored((24, D), 5, 8), rand(24, seed=6)
+    got = dispatch.linear(layer["x"].view(1, T, D), tile(parts, 8), bias)
+    want = layer["x"].double() @ dequantize(parts, 8).double().T + bias
+    close(got, want.view(1, T, 24))
+
+
+@pytest.mark.parametrize("activation", dispatch.ACTIVATIONS)
+def test_mlp_in_float64(layer: dict[str, Any], activation: str) -> None:
+    from transformers.activations import ACT2FN
+
+    got = dispatch.mlp(layer["x"], one(layer["wide"], 1), one(layer["narrow"], 1), activation)
+    gate, up = (layer["x"].double() @ layer["dense_wide"][1].T).chunk(2, dim=-1)
+    close(got, (ACT2FN[activation](gate) * up) @ layer["dense_narrow"][1].T)
+
+
+def test_experts_in_float64(layer: dict[str, Any]) -> None:
+    arguments = (layer["route"], layer["wide"], layer["narrow"], "silu")
+    close(dispatch.experts(layer["x"], *arguments), experts_in_float64(layer))
+    half = dispatch.experts(layer["x"].bfloat16(), *arguments)
+    assert half.dtype == torch.bfloat16
+    close(half, experts_in_float64(layer), 2e-2)
+
+
+def test_a_step_sorts_once_and_never_mixes_routes(
+    layer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Tensor] = []
+
+    def counted(*arguments: Any) -> Tensor:
+        made.append(ops.plan_table(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(dispatch, "plan_table", counted)
+    weights = (layer["wide"], layer["narrow"], "silu")
+    index, ones = layer["route"]
+    other = (index.flip(0).clone(), ones)
+    with dispatch.one_step():
+        first = [dispatch.experts(layer["x"], layer["route"], *weights) for _ in range(3)]
+        assert len(made) == 1
+        second = dispatch.experts(layer["x"], other, *weights)
+    assert len(made) == 2
+    assert torch.equal(first[0], first[2])
+    torch.testing.assert_close(dispatch.experts(layer["x"], other, *weights), second)
+    assert not torch.allclose(first[0], second)
+    assert len(made) == 3
+
+
+def test_compiled_calls_are_the_same(layer: dict[str, Any]) -> None:
+    index, ones = layer["route"]
+
+    def run(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        route = (index, weights)
+        return dispatch.experts(x, route, layer["wide"], layer["narrow"], "silu") + 1
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (T, 3):
+        arguments = layer["x"][:rows], index[:rows], ones[:rows]
+        torch.testing.assert_close(compiled(*arguments), run(*arguments))
+
+
+def test_tables_name_the_gpu_and_choose_by_rows(layer: dict[str, Any]) -> None:
+    name = table_name("NVIDIA H100 80GB HBM3", "3.6.0+cu128")
+    assert name == "nvidia-h100-80gb-hbm3-triton-3.6"
+    fast, slow = LaunchConfig(8, 64, 4, 3, 2), LaunchConfig(32, 128, 8, 4, 64)
+    table = Table(name, 64, 1330, (("decode", 4, 8, fast), ("decode", 4, 64, slow)), "2026-01-01")
+    assert [choose_method(r, 4, table) for r in (1, 64, 65, 1329, 1330)] == [
+        "decode",
+        "decode",
+        "prefill",
+        "prefill",
+        "scratch",
+    ]
+    assert choose_config("decode", layer["narrow"], 8, table=table).num_warps == 4
+    found = choose_config("decode", layer["narrow"], 9, table=table)
+    assert (found.block_m, found.num_warps) == (32, 8)
+    assert found.split == layer["narrow"].codes.shape[2]  # never more parts than blocks
+    index, weights = layer["route"]
+    plan = ops.split_plan(ops.plan_table(index, weights, E, BITS), weights, E, BITS)
+    assert choose_config("decode", layer["narrow"], 9, plan, table).block_m == 8
+    assert split_for(28, 2, 32, 132) * 28 * 2 >= 2 * 132
+    assert split_for(1000, 1, 32, 132) == 1
+
+
+def test_what_the_kernels_refuse_has_a_reason() -> None:
+    half = torch.bfloat16
+    assert "device cpu" in str(dispatch.refusal("cpu", half, 4, 64))
+    if dispatch.triton_version() is None:
+        assert dispatch.refusal("cuda", half, 4, 64) == "triton is not installed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.float32}, "activations are torch.float32"),
+        ({"bits": 6}, "bits 6"),
+        ({"group_size": 48}, "group_size 48"),
+        ({"companding": 1.5}, "companding 1.5"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: name)
+    dispatch.refusal.cache_clear()
+    usual: dict[str, Any] = {"dtype": torch.bfloat16, "bits": 4, "group_size": 64}
+    assert dispatch.refusal("cuda", **usual, ask_driver=False) is None
+    assert reason in str(dispatch.refusal("cuda", **(usual | changes), ask_driver=False))
+    dispatch.refusal.cache_clear()
