@@ -70,6 +70,17 @@ def _mark(descriptor: int) -> tuple[int, int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+def _unchanged(descriptor: int, mark: tuple[int, int, int, int]) -> bool:
+    """Whether an open file still bears its mark.
+
+    A file that another one took the place of has lost its name, which moves the last of the times;
+    without a name nobody else can open it any more, and what is open goes on.
+    """
+    *contents, changed = _mark(descriptor)
+    same = contents == list(mark[:3])
+    return same and (changed == mark[3] or os.fstat(descriptor).st_nlink == 0)
+
+
 class ExpertFiles:
     """The units of an artifact and the files they lie in; safe to share between threads.
 
@@ -222,7 +233,7 @@ class ExpertFiles:
             file = self._files[segment.path]
             self._fill(key, segment, file.descriptor, part)
             # After the read: what was written before it, or during it, has left its mark by now.
-            if _mark(file.descriptor) != file.mark:
+            if not _unchanged(file.descriptor, file.mark):
                 raise self._distrust(key, segment.path, "the file was changed while it is in use")
             checksum = zlib.crc32(part, checksum)
             done += segment.nbytes
