@@ -242,6 +242,13 @@ def test_the_oracle_hits_most_and_a_known_pass_more_than_lru(seed: int) -> None:
         assert least < moved["belady"] < moved["lru"]
 
 
+def test_waiting_for_requests_that_have_not_come_is_no_work() -> None:
+    """One request at a time: the seconds counted are those of requests, however far apart."""
+    trace = mixed_trace(3, requests=12).at_rate(0.01)
+    for cache in ("lru", "oracle"):
+        assert simulate(trace, System("", cache=cache), setting(0.3)).seconds < 12
+
+
 def test_a_faster_link_or_more_memory_never_slows_down() -> None:
     trace = mixed_trace(4).at_rate(np.inf)
     seconds = [simulate(trace, System(""), setting(share)).seconds for share in (0.2, 0.5, 0.8)]

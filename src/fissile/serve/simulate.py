@@ -192,14 +192,14 @@ class _Run:
                 active[r] = Active(
                     r, at, int(trace.prompt[r]), int(rows[r]), 0, at, len(self.schedule)
                 )
-            began = device.now
-            self._pass(active)
+            began = self._pass(active)
             busy += device.now - began
         for left in self.device._unused.values():
             self.device.tally.bytes_wasted += left
         return summarise(device.tally, self.journeys, busy)
 
-    def _pass(self, active: dict[int, Active]) -> None:
+    def _pass(self, active: dict[int, Active]) -> float:
+        """Run one pass; when it began, which in a schedule that is followed may be a while off."""
         number = len(self.schedule)
         view = View(
             number,
@@ -230,6 +230,7 @@ class _Run:
                 self.journeys[piece.request].times.append(self.device.now)
             if item.done == item.rows:
                 del active[piece.request]
+        return began
 
     def _load(self, number: int, pieces: Sequence[Piece]) -> PassLoad:
         """Counts of all layers; pieces that share their layers are counted together."""
