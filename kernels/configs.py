@@ -21,7 +21,13 @@ from typing import Any, Literal
 
 import torch
 
-from fissile.kernels.grids import Kind, LaunchConfig, default_config
+from fissile.kernels.grids import (
+    Kind,
+    LaunchConfig,
+    default_config,
+    narrowed,
+    planned_config,
+)
 from fissile.kernels.route import RoutePlan
 from fissile.kernels.tiles import TiledWeight
 
@@ -123,6 +129,8 @@ def choose_config(
     rows: int,
     plan: RoutePlan | None = None,
     table: Table | None = None,
+    *,
+    whole: bool = False,
 ) -> LaunchConfig:
     """How a product is cut.
 
@@ -132,22 +140,24 @@ def choose_config(
         rows: per expert, in the mean.
         plan: of the step, if experts are chosen.
         table: default that of this GPU.
+        whole: no parts of the inputs, whose sum would take one launch more.
     """
     table = table or current_table()
     row_tiles, blocks = weight.codes.shape[1:3]
-    for entry_kind, bits, most, found in table.entries:
-        if entry_kind == kind and bits == weight.bits and rows <= most:
-            config = found
-            break
-    else:
-        config = default_config(kind, weight.bits, rows, weight.group_size)
-        if kind == "decode":
-            tiles = -(-rows // config.block_m) if plan is None else len(plan.tile_expert)
-            config = replace(config, split=split_for(row_tiles, tiles, blocks, processors()))
+    tuned = [
+        found
+        for entry_kind, bits, most, found in table.entries
+        if entry_kind == kind and bits == weight.kernel_bits and rows <= most
+    ]
+    config = tuned[0] if tuned else planned_config(kind, plan, rows, weight)
     if plan is not None and plan.block != config.block_m:
-        config = replace(
-            config, block_m=plan.block, num_warps=8 if plan.block >= 64 else config.num_warps
-        )
+        warps = 8 if plan.block >= 64 else config.num_warps
+        config = replace(config, block_m=plan.block, num_warps=warps)
+    tiles = -(-rows // config.block_m) if plan is None else len(plan.tile_expert)
+    if whole and kind == "decode":
+        return narrowed(config, weight, tiles, processors())
+    if kind == "decode" and not tuned:
+        config = replace(config, split=split_for(row_tiles, tiles, blocks, processors()))
     return replace(config, split=max(1, min(config.split, blocks)))
 
 

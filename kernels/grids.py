@@ -5,7 +5,7 @@ Shapes: T tokens, K inputs, N rows, S splits, R = T * slots sorted rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,7 +27,7 @@ class LaunchConfig:
 
     Attributes:
         block_m: tokens of a tile; equals the plan's where there is one.
-        block_n: rows of a tile, 64 or 128.
+        block_n: rows of a tile, 32, 64 or 128.
         num_warps: of 32 threads.
         num_stages: of the software pipeline.
         split: parts of the inputs that are computed apart and added afterwards (decode only).
@@ -57,8 +57,8 @@ def default_config(
     if kind == "prefill":
         return _prefill_config(128 if rows_per_expert > 64 and not hip else 64)
     # Matrix instructions take eight tokens on NVIDIA and sixteen on AMD.
-    blocks = (16, 32) if hip else (8, 16, 32)
-    block_m = next((b for b in blocks if rows_per_expert <= b), 32)
+    blocks = (16,) if hip else (8, 16, 32)
+    block_m = next((b for b in blocks if rows_per_expert <= b), blocks[-1])
     return _decode_config(block_m, bits, group_size)
 
 
@@ -68,16 +68,40 @@ def _prefill_config(block_m: int) -> LaunchConfig:
     return LaunchConfig(block_m, num_warps=8 if block_m >= 64 else 4, num_stages=2)
 
 
-def _decode_config(block_m: int, bits: int, group_size: int) -> LaunchConfig:
-    # Two warps share the cost of floats and tokens among more weights a thread, where their
-    # registers suffice.
-    if block_m == 8 and (bits in (4, 8) or (bits == 2 and group_size == 128)):
+def _decode_config(block_m: int, bits: int, group_size: int, block_n: int = 128) -> LaunchConfig:
+    # A warp of 64 rows shares the cost of floats and tokens among more weights, where its
+    # registers suffice; one of 32 always fits.
+    if block_n < TILE_ROWS:
+        warps = block_n // 32
+    elif block_m == 8 and (bits in (4, 8) or (bits == 2 and group_size == 128)):
         warps = 2
     else:
         warps = 8 if block_m >= 64 or (bits == 3 and block_m >= 32) else 4
-    # A block of three bits is large enough for two stages to keep memory busy.
-    stages = 3 if block_m < 64 and bits != 3 and torch.version.hip is None else 2
-    return LaunchConfig(block_m, num_warps=warps, num_stages=stages)
+    if torch.version.hip is not None:
+        # The tokens of two blocks of three bits do not fit the shared memory.
+        return LaunchConfig(block_m, block_n, warps, 1 if bits == 3 else 2)
+    # A block of three bits is large enough for two stages to keep memory busy, and narrow tiles
+    # need more of them under way.
+    stages = 3 if block_m < 64 and bits != 3 else 2
+    return LaunchConfig(block_m, block_n, warps, stages + {128: 0, 64: 1, 32: 3}[block_n])
+
+
+def narrowed(
+    config: LaunchConfig, weight: TiledWeight, token_tiles: int, count: int
+) -> LaunchConfig:
+    """A product that must not be split over its inputs, in tiles so narrow that they fill the GPU.
+
+    Args:
+        config: of few tokens; others are returned whole.
+        weight: its rows are cut.
+        token_tiles: of the grid.
+        count: processors of the GPU.
+    """
+    programs = weight.codes.shape[1] * token_tiles
+    if config.block_m > 8 or programs >= count or torch.version.hip is not None:
+        return replace(config, split=1)
+    block_n = 64 if 2 * programs >= count else 32
+    return _decode_config(config.block_m, weight.kernel_bits, weight.group_size, block_n)
 
 
 def check_activations(x: Tensor, weight: TiledWeight) -> None:
@@ -101,10 +125,10 @@ def planned_config(
 ) -> LaunchConfig:
     """Default for a plan's tiles, or for all rows as one expert's."""
     if plan is None:
-        return default_config(kind, weight.bits, rows, weight.group_size)
+        return default_config(kind, weight.kernel_bits, rows, weight.group_size)
     if kind == "prefill":
         return _prefill_config(plan.block)
-    return _decode_config(plan.block, weight.bits, weight.group_size)
+    return _decode_config(plan.block, weight.kernel_bits, weight.group_size)
 
 
 def use_ptx(portable: bool) -> bool:
@@ -144,15 +168,12 @@ def _token_tiles(rows: int, plan: RoutePlan | None, config: LaunchConfig) -> int
 
 def run_decode(
     x: Tensor,
-    sums: Tensor,
     weight: TiledWeight,
     y: Tensor,
     plan: RoutePlan | None,
     config: LaunchConfig,
     *,
     act: Activation | None = None,
-    down: TiledWeight | None = None,
-    y_sums: Tensor | None = None,
     bias: Tensor | None = None,
     gather: bool = False,
     scatter: bool = False,
@@ -164,39 +185,35 @@ def run_decode(
         return
     from fissile.kernels.triton_decode import decode_kernel
 
-    (tiles, blocks), groups = weight.codes.shape[1:3], weight.shape[2] // weight.group_size
+    tiles, blocks = weight.codes.shape[1:3]
+    groups = weight.theta.shape[2]
     decode_kernel[(tiles * (TILE_ROWS // config.block_n), token_tiles, config.split)](
         x,
-        sums,
         *weight_tensors(weight),
         y,
-        sums if y_sums is None else y_sums,
         x if bias is None else bias,
         *_tables(plan, weight.theta),
         rows,
         weight.shape[2],
         y.shape[-1],
         groups,
-        weight.theta.shape[2],
-        0 if y_sums is None else y_sums.shape[-1],
         tiles,
         blocks,
         -(-blocks // config.split),
         y.stride(0) if y.dim() == 3 else 0,
-        BITS=weight.bits,
+        BITS=weight.kernel_bits,
         GROUP=weight.group_size,
+        STEEP=weight.steep,
         BN=config.block_n,
         BM=config.block_m,
         FP16=x.dtype == torch.float16,
         PTX=use_ptx(config.portable),
-        PADDED=weight.theta.shape[2] != groups,
+        PADDED=groups * weight.group_size != weight.shape[2],
         ROUTED=plan is not None,
         GATHER=plan is not None and (act is not None or gather),
         SCATTER=plan is not None and scatter,
         TOP_K=plan.top_k if plan else 1,
         ACT=-1 if act is None else ACTIVATIONS.index(act),
-        NEXT_BITS=down.bits if down else 2,
-        NEXT_GROUP=down.group_size if down else 32,
         BIAS=bias is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -236,8 +253,9 @@ def run_prefill(
         groups,
         tiles,
         blocks,
-        BITS=weight.bits,
+        BITS=weight.kernel_bits,
         GROUP=weight.group_size,
+        STEEP=weight.steep,
         BN=config.block_n,
         BM=config.block_m,
         FP16=x.dtype == torch.float16,

@@ -3,7 +3,7 @@
 They take CUDA (or ROCm) tensors; under Triton's interpreter also CPU tensors, which is how they are
 proved without a GPU. Nothing here synchronises with the host or tunes at run time.
 
-Shapes: T tokens, K inputs, N rows, F neurons, E experts, R = T * slots sorted rows, G groups.
+Shapes: T tokens, K inputs, N rows, F neurons, E experts, R = T * slots sorted rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fissile.kernels.grids import (
     ACTIVATIONS,
-    CHUNK,
     Activation,
     LaunchConfig,
     check_activations,
@@ -37,53 +36,16 @@ __all__ = [
     "decode_gate_up",
     "default_config",
     "dequantize_rows",
-    "group_sums",
     "prefill_dense",
     "prefill_down",
     "prefill_gate_up",
 ]
 
 
-def group_sums(x: Tensor, weight: TiledWeight) -> Tensor:
-    """Sums over each group of inputs, which turn into offsets' and zeros' share of a product.
-
-    They depend on the width, group size and inputs of `weight` and on nothing else of it.
-
-    Args:
-        x: float16 or bfloat16 (T, K), contiguous.
-        weight: any weight that `x` will be multiplied with.
-
-    Returns:
-        float32 (T, 2, G): sums, and sums with every input times its code's offset.
-
-    Raises:
-        ValueError: `x` has another dtype, shape or memory order.
-    """
-    check_activations(x, weight)
-    inputs, groups = weight.shape[2], weight.shape[2] // weight.group_size
-    sums = torch.empty(len(x), 2, groups, dtype=torch.float32, device=x.device)
-    if len(x):
-        from fissile.kernels.triton_small import group_sums_kernel
-
-        group_sums_kernel[(len(x), -(-inputs // CHUNK))](
-            x,
-            sums,
-            inputs,
-            groups,
-            BITS=weight.bits,
-            GROUP=weight.group_size,
-            FP16=x.dtype == torch.float16,
-            CHUNK=CHUNK,
-            num_warps=4,
-        )
-    return sums
-
-
 def decode_dense(
     x: Tensor,
     weight: TiledWeight,
     *,
-    sums: Tensor | None = None,
     bias: Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> Tensor:
@@ -92,24 +54,22 @@ def decode_dense(
     Args:
         x: float16 or bfloat16 (T, K), contiguous.
         weight: one matrix, not paired.
-        sums: `group_sums(x, weight)`, if at hand.
         bias: (N,).
         config: None takes `default_config`.
 
     Raises:
-        ValueError: see `group_sums`.
+        ValueError: `x` has another dtype, shape or memory order.
     """
+    check_activations(x, weight)
     config = config or planned_config("decode", None, len(x), weight)
-    sums = group_sums(x, weight) if sums is None else sums
     rows = weight.shape[1]
     if not len(x) or config.split == 1:
         y = x.new_empty(len(x), rows)
-        run_decode(x, sums, weight, y, None, config, bias=bias)
+        run_decode(x, weight, y, None, config, bias=bias)
         return y
     part = parts_buffer(x, len(x), rows, config)
-    run_decode(x, sums, weight, part, None, config)
-    y = combine_rows(part, None, None, x.dtype, 1)
-    return y if bias is None else y + bias
+    run_decode(x, weight, part, None, config, bias=bias)
+    return combine_rows(part, None, None, x.dtype, 1)
 
 
 def decode_gate_up(
@@ -117,66 +77,49 @@ def decode_gate_up(
     weight: TiledWeight,
     plan: RoutePlan | None,
     act: Activation,
-    down: TiledWeight,
     *,
-    sums: Tensor | None = None,
     config: LaunchConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """h = act(gate) * up of the chosen experts, and the group sums of h for `down`.
+) -> Tensor:
+    """h = act(gate) * up of the chosen experts: (R, F) in sorted order, rows of none undefined.
 
     Args:
         x: float16 or bfloat16 (T, K), contiguous.
         weight: paired, (E, 2F, K).
         plan: which rows meet which expert; None: one matrix for all tokens.
         act: activation of the gate.
-        down: the weight that h is multiplied with.
-        sums, config: as for `decode_dense`.
-
-    Returns:
-        h (R, F) in sorted order and its sums, float32 (R, 2, G); rows of no expert are undefined.
+        config: None takes `default_config`.
 
     Raises:
-        ValueError: see `group_sums`; `weight` is not paired.
+        ValueError: see `decode_dense`; `weight` is not paired.
     """
+    check_activations(x, weight)
     check_paired(weight)
     rows = len(x) if plan is None else len(plan.slot)
     config = config or planned_config("decode", plan, len(x), weight)
-    sums = group_sums(x, weight) if sums is None else sums
-    h, groups = x.new_empty(rows, weight.shape[1] // 2), down.shape[2] // down.group_size
-    # A group that several tiles share is added up, from zero.
-    shared = config.split == 1 and config.block_n // 2 < down.group_size
-    new = torch.zeros if shared else torch.empty
-    h_sums = new(rows, 2, groups, dtype=torch.float32, device=x.device)
+    h = x.new_empty(rows, weight.shape[1] // 2)
     if not rows or config.split == 1:
-        run_decode(x, sums, weight, h, plan, config, act=act, down=down, y_sums=h_sums)
-        # Two tiles add in either order to the same sum; the order of more would show.
-        return h, group_sums(h, down) if config.block_n < down.group_size else h_sums
+        run_decode(x, weight, h, plan, config, act=act)
+        return h
     width = weight.codes.shape[1] * TILE_ROWS
     part = parts_buffer(x, rows, width, config)
-    run_decode(x, sums, weight, part, plan, config, gather=True)
+    run_decode(x, weight, part, plan, config, gather=True)
     from fissile.kernels.triton_small import combine_neurons_kernel as combine
 
     combine[(rows, -(-width // 256))](
         part,
         h,
-        h_sums,
         config.split,
         part.stride(0),
         width,
         h.shape[1],
-        groups,
         ACT=ACTIVATIONS.index(act),
-        NEXT_BITS=down.bits,
-        NEXT_GROUP=down.group_size,
-        FP16=x.dtype == torch.float16,
         num_warps=4,
     )
-    return h, h_sums
+    return h
 
 
 def decode_down(
     h: Tensor,
-    h_sums: Tensor,
     weight: TiledWeight,
     plan: RoutePlan | None,
     weights_TK: Tensor | None,
@@ -190,7 +133,6 @@ def decode_down(
 
     Args:
         h: (R, F) in sorted order, as `decode_gate_up` gives it.
-        h_sums: float32 (R, 2, G), likewise.
         weight: (E, N, F).
         plan: as for `decode_gate_up`.
         weights_TK: weight of each choice; slots of weight zero are not read. None without a plan.
@@ -198,16 +140,16 @@ def decode_down(
         config: None takes `default_config`.
 
     Raises:
-        ValueError: see `group_sums`.
+        ValueError: see `decode_dense`.
     """
     check_activations(h, weight)
     config = config or planned_config("decode", plan, len(h), weight)
     if plan is None and config.split == 1:
         y = h.new_empty(len(h), weight.shape[1])
-        run_decode(h, h_sums, weight, y, None, config)
+        run_decode(h, weight, y, None, config)
         return y if add is None else y + add
     part = parts_buffer(h, len(h), weight.shape[1], config)
-    run_decode(h, h_sums, weight, part, plan, config, scatter=True)
+    run_decode(h, weight, part, plan, config, scatter=True)
     return combine_rows(part, weights_TK, add, h.dtype, plan.top_k if plan else 1)
 
 
@@ -301,8 +243,9 @@ def dequantize_rows(
         tiles,
         blocks,
         expert or 0,
-        BITS=weight.bits,
+        BITS=weight.kernel_bits,
         GROUP=weight.group_size,
+        STEEP=weight.steep,
         FP16=dtype == torch.float16,
         PTX=use_ptx(portable),
         PAIRED=weight.paired,

@@ -9,7 +9,7 @@ Each has a fake, so shapes are known without running it, and a CPU kernel, which
 float32 reference. On a GPU the Triton launchers run, or, from so many rows on that decoding costs
 little, the weight is decoded to scratch and multiplied by cuBLAS.
 
-A weight crosses the operator's border as its tensors and six integers, see `flatten`.
+A weight crosses the operator's border as its tensors and seven integers, see `flatten`.
 
 Shapes: T tokens, K inputs or slots per token, N rows, F neurons, E experts, R = T * slots rows
 sorted by expert.
@@ -33,20 +33,22 @@ _FIELDS = ("codes", "theta", "extra", "theta_extra")
 
 
 def flatten(weight: TiledWeight) -> tuple[list[Tensor], list[int]]:
-    """Tensors, and [bits, group size, E, N, K, paired]."""
+    """Tensors, and [bits, group size, E, N, K, paired, 2 * companding]."""
     found = weight.tensors()
-    about = [weight.bits, weight.group_size, *weight.shape, int(weight.paired)]
+    flags = int(weight.paired), round(2 * weight.companding)
+    about = [weight.bits, weight.group_size, *weight.shape, *flags]
     return [found[name] for name in _FIELDS if name in found], about
 
 
 def unflatten(tensors: Sequence[Tensor], about: Sequence[int]) -> TiledWeight:
     """Inverse of `flatten`."""
-    bits, group_size, experts, rows, inputs, paired = about
+    bits, group_size, experts, rows, inputs, paired, companding = about
     codes, theta, *rest = tensors
     extra = rest[0] if rest else None
     theta_extra = rest[1] if len(rest) > 1 else None
+    flags = bool(paired), companding / 2
     shape = (experts, rows, inputs)
-    return TiledWeight(codes, extra, theta, theta_extra, bits, group_size, shape, bool(paired))
+    return TiledWeight(codes, extra, theta, theta_extra, bits, group_size, shape, *flags)
 
 
 @torch.library.custom_op(
@@ -67,7 +69,7 @@ def nested_linear(
     """
     tiled = unflatten(weight, about)
     x = x.contiguous()
-    method = choose_method(len(x), tiled.bits)
+    method = choose_method(len(x), tiled.kernel_bits)
     if method == "scratch":
         dense = launch.dequantize_rows(tiled, x.dtype, expert=0)
         return torch.nn.functional.linear(x, dense, bias)
@@ -170,7 +172,7 @@ def nested_experts(
         act: "silu", "gelu" or "gelu_tanh".
     """
     wide, narrow = unflatten(gate_up, gate_up_about), unflatten(down, down_about)
-    route = split_plan(plan, weights_TK, wide.shape[0], wide.bits)
+    route = split_plan(plan, weights_TK, wide.shape[0], wide.kernel_bits)
     return _gated(x.contiguous(), wide, narrow, cast(Activation, act), route, weights_TK)
 
 
@@ -186,7 +188,7 @@ def _(
     act: str,
 ) -> Tensor:
     wide, narrow = unflatten(gate_up, gate_up_about), unflatten(down, down_about)
-    route = split_plan(plan, weights_TK, wide.shape[0], wide.bits)
+    route = split_plan(plan, weights_TK, wide.shape[0], wide.kernel_bits)
     wide_END, narrow_EDF = untile(wide), untile(narrow)
     out_TD = torch.zeros(len(x), narrow.shape[1])
     for expert in range(wide.shape[0]):
@@ -257,14 +259,14 @@ def _gated(
 ) -> Tensor:
     """Gate, up and down on a GPU, for one matrix or a stack of experts."""
     rows = len(x) if plan is None else -(-len(plan.slot) // gate_up.shape[0])
-    method = choose_method(rows, gate_up.bits)
+    method = choose_method(rows, gate_up.kernel_bits)
     if method == "scratch":
         return _scratch(x, gate_up, down, act, plan, weights_TK)
-    first = choose_config(method, gate_up, rows, plan)
+    first = choose_config(method, gate_up, rows, plan, whole=True)
     second = choose_config(method, down, rows, plan)
     if method == "decode":
-        h, sums = launch.decode_gate_up(x, gate_up, plan, act, down, config=first)
-        return launch.decode_down(h, sums, down, plan, weights_TK, config=second)
+        h = launch.decode_gate_up(x, gate_up, plan, act, config=first)
+        return launch.decode_down(h, down, plan, weights_TK, config=second)
     h = launch.prefill_gate_up(x, gate_up, plan, act, config=first)
     return launch.prefill_down(h, down, plan, weights_TK, config=second)
 

@@ -3,13 +3,13 @@
 A row tile is 128 rows; a block is the weights of a row that one step of a kernel reads. In a tile
 every row has 32 words of 16 bits, and code e of word i belongs to input `32 e + i`: the words are
 loaded once, and each code position meets a contiguous slice of 32 inputs. One step of a kernel
-reads one contiguous piece of memory, and k bits are k/8 bytes a weight.
+reads one contiguous piece of memory, and k bits are k/8 bytes a weight; only 6 are held as 8.
 
     width  block  codes                         extra
     2      256    8 codes of 2 bits a word      none
-    3      512    the upper two bits, 2 tiles   third bits of both tiles: code e at bit 2e + tile
+    3      512    8 codes of 3 bits, 2 tiles    8 of their 24 bits, both tiles: see `fields.places`
     4      128    4 codes of 4 bits a word      none
-    8      128    codes of the 4-bit weight     codes of the residual, 4 bits each
+    6, 8   128    codes of the 4-bit weight     codes of the residual, 4 bits each
 
 Inputs are padded to whole blocks and rows to whole tiles with codes 0, scale 0 and zero 0.
 
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fissile.kernels.fields import SLICE, WORD_BITS, block_codes, codes_per_word, halves
+from fissile.kernels.fields import BYTE, SLICE, STEEP, block_codes, codes_per_word, halves, places
 from fissile.kernels.layout import (
     STORED_BITS,
     dequantize,
@@ -39,7 +39,7 @@ from fissile.kernels.layout import (
 TILE_VERSION = 1
 TILE_ROWS = 128
 PAIR = 8  # gate rows, then as many up rows: a thread of a matrix instruction holds both
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 
 
@@ -49,14 +49,16 @@ class TiledWeight:
 
     Attributes:
         codes: int16 (E, R, B, H, 128, 32), words of the main plane.
-        extra: int16 (E, R, B, 128, 32), third bits at 3 bits and the residual at 8; else None.
+        extra: int16 (E, R, B, 128, 32), the rest of the codes at 3 bits, the residual's codes at 8;
+            else None.
         theta: int32 (E, R, P, 128), fp16 scale in the low half and fp16 zero in the high half; at 8
             bits those of the 4-bit weight.
         theta_extra: the same of the residual at 8 bits, else None.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
         group_size: 32, 64 or 128.
         shape: (E, N, K) without padding.
         paired: rows are gate and up projections of N/2 neurons, interleaved by eight.
+        companding: of the values, 1 where codes are values, see `fissile.kernels.layout`.
     """
 
     codes: Tensor
@@ -67,6 +69,17 @@ class TiledWeight:
     group_size: int
     shape: tuple[int, int, int]
     paired: bool
+    companding: float = 1.0
+
+    @property
+    def kernel_bits(self) -> int:
+        """Width of the kernel that reads it: 6 bits are a residual of small codes."""
+        return 8 if self.bits > STORED_BITS else self.bits
+
+    @property
+    def steep(self) -> int:
+        """How codes become values, see `fissile.kernels.fields.STEEP`."""
+        return STEEP[self.companding]
 
     @property
     def device(self) -> torch.device:
@@ -97,8 +110,8 @@ def check_tile(bits: int, group_size: int, companding: float = 1.0) -> None:
         raise ValueError(
             f"group_size {group_size}: the kernels take {', '.join(map(str, GROUP_SIZES))}"
         )
-    if companding != 1 and bits != 2:  # at 2 bits a code is its own value
-        raise ValueError(f"companding {companding}: the kernels take uniform codes only")
+    if companding not in STEEP:
+        raise ValueError(f"companding {companding}: the kernels take {', '.join(map(str, STEEP))}")
 
 
 def tile(
@@ -109,7 +122,7 @@ def tile(
     Args:
         parts: planes and floats of `bits` as `fissile.kernels.layout` stores them, (N, K) or
             (E, N, K).
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
         paired: the N rows are N/2 gate rows, then N/2 up rows, of one gated MLP.
         companding: of this weight, see `fissile.kernels.layout`.
 
@@ -125,54 +138,51 @@ def tile(
     if paired and rows % 2:
         raise ValueError(f"{rows} rows are no pairs of gate and up rows")
     order = row_order(rows, paired).to(codes.device)
-    blocks = -(-inputs // block_codes(bits))
-    padded = _gather(codes, order)
-    padded = torch.nn.functional.pad(padded, (0, blocks * block_codes(bits) - inputs))
+    width = 8 if bits > STORED_BITS else bits
+    padding = -inputs % block_codes(width)
+    padded = torch.nn.functional.pad(_gather(codes, order), (0, padding))
+    groups = padded.shape[-1] // group_size
     extra = theta_extra = None
-    if bits == 8:
-        residual = torch.nn.functional.pad(
-            _gather(unpack_residual(stacked, 8), order), (0, padded.shape[-1] - inputs)
-        )
-        extra = _words(residual, 4).squeeze(3)
-        theta_extra = _tile_theta(stacked["theta_8"], order, padded.shape[-1] // group_size)
-    elif bits == 3:
-        extra = _third_bits(padded & 1)
-        padded = padded >> 1
+    if bits > STORED_BITS:
+        residual = _gather(unpack_residual(stacked, bits), order)
+        extra = _words(torch.nn.functional.pad(residual, (0, padding)), 8)[0].squeeze(3)
+        theta_extra = _tile_theta(stacked[f"theta_{bits}"], order, groups)
+    words, rest = _words(padded, width)
     return TiledWeight(
-        codes=_words(padded, bits),
-        extra=extra,
-        theta=_tile_theta(stacked[f"theta_{min(bits, 4)}"], order, padded.shape[-1] // group_size),
+        codes=words,
+        extra=extra if rest is None else rest,
+        theta=_tile_theta(stacked[f"theta_{min(bits, STORED_BITS)}"], order, groups),
         theta_extra=theta_extra,
         bits=bits,
         group_size=group_size,
         shape=(experts, rows, inputs),
         paired=paired,
+        companding=companding if bits > 2 else 1.0,  # at 2 bits a code is its own value
     )
 
 
 def stored_parts(weight: TiledWeight) -> dict[str, Tensor]:
     """Exact inverse of `tile`: what `fissile.kernels.layout.segment_names` lists, (E, N, K)."""
     order = _stored_order(weight)
-    codes = _codes(weight.codes, weight.bits)
-    if weight.bits == 3:
-        assert weight.extra is not None
-        codes = codes << 1 | _third_codes(weight.extra)
+    codes = _codes(weight.codes, weight.extra, weight.kernel_bits)
     width = min(weight.bits, STORED_BITS)
     planes = pack(_untiled(codes, weight, order) << (STORED_BITS - width))
     parts = {name: plane for name, plane in planes.items() if int(name[-1]) <= width}
     parts[f"theta_{width}"] = _stored_theta(weight.theta, weight, order)
-    if weight.bits == 8:
+    if weight.bits > STORED_BITS:
         assert weight.extra is not None
         assert weight.theta_extra is not None
-        residual = _codes(weight.extra.unsqueeze(3), 8)
-        parts |= pack_residual(_untiled(residual, weight, order))
-        parts["theta_8"] = _stored_theta(weight.theta_extra, weight, order)
+        residual = _untiled(_codes(weight.extra.unsqueeze(3), None, 8), weight, order)
+        residual = residual << (2 * STORED_BITS - weight.bits)
+        planes = pack_residual(residual)
+        parts |= {name: plane for name, plane in planes.items() if int(name[-1]) <= weight.bits}
+        parts[f"theta_{weight.bits}"] = _stored_theta(weight.theta_extra, weight, order)
     return parts
 
 
 def untile(weight: TiledWeight) -> Tensor:
     """Decode to float32 (E, N, K) in the stored order of rows; bit-equal to the stored weight."""
-    return dequantize(stored_parts(weight), weight.bits)
+    return dequantize(stored_parts(weight), weight.bits, weight.companding)
 
 
 def row_order(rows: int, paired: bool) -> Tensor:
@@ -206,33 +216,35 @@ def _tiles(codes: Tensor, bits: int) -> Tensor:
     return codes.view(*shape, codes_per_word(bits), SLICE).permute(0, 1, 3, 4, 2, 5, 6)
 
 
-def _words(codes: Tensor, bits: int) -> Tensor:
-    per = codes_per_word(bits)
-    shifts = torch.arange(0, WORD_BITS, WORD_BITS // per, device=codes.device)
-    lanes = _tiles(codes, bits).int() << shifts.int().view(-1, 1)
-    return _to_int16(lanes.sum(-2, dtype=torch.int32)).contiguous()
+def _words(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """Words (E, R, B, H, 128, 32) and, at 3 bits, extra words (E, R, B, 128, 32)."""
+    lanes = _tiles(codes, bits).int()
+    words = torch.zeros_like(lanes[..., 0, :])
+    extra = torch.zeros_like(words)
+    for code, pieces in enumerate(places(bits)):
+        for in_extra, bit, size, low in pieces:
+            part = (lanes[..., code, :] >> low & (1 << size) - 1) << bit
+            (extra if in_extra else words).bitwise_or_(part)
+    if bits != 3:
+        return _to_int16(words).contiguous(), None
+    both = extra[:, :, :, 0] | extra[:, :, :, 1] << BYTE
+    return _to_int16(words).contiguous(), _to_int16(both).contiguous()
 
 
-def _third_bits(bit: Tensor) -> Tensor:
-    tiles = _tiles(bit, 3).int()  # (E, R, B, 2, 128, 8, 32)
-    shifts = torch.arange(0, WORD_BITS, 2, dtype=torch.int32, device=bit.device).view(-1, 1)
-    words = (tiles << shifts).sum(-2, dtype=torch.int32)
-    return _to_int16(words[:, :, :, 0] | words[:, :, :, 1] << 1).contiguous()
-
-
-def _codes(words: Tensor, bits: int) -> Tensor:
-    """Inverse of `_words`: (E, R, B, H, 128, 32) to uint8 (E, R*128, K)."""
-    per = codes_per_word(bits)
-    step = WORD_BITS // per
-    shifts = torch.arange(0, WORD_BITS, step, dtype=torch.int32, device=words.device)
-    lanes = words.int().unsqueeze(-2) >> shifts.view(-1, 1) & (1 << step) - 1
-    return _rows_of(lanes.to(torch.uint8))
-
-
-def _third_codes(extra: Tensor) -> Tensor:
-    words = torch.stack([extra.int(), extra.int() >> 1], dim=3)
-    shifts = torch.arange(0, WORD_BITS, 2, dtype=torch.int32, device=extra.device)
-    return _rows_of((words.unsqueeze(-2) >> shifts.view(-1, 1) & 1).to(torch.uint8))
+def _codes(words: Tensor, extra: Tensor | None, bits: int) -> Tensor:
+    """Inverse of `_words`: uint8 (E, R*128, K)."""
+    main, other = words.int(), words.int()
+    if bits == 3:
+        assert extra is not None
+        other = torch.stack([extra.int(), extra.int() >> BYTE], dim=3)
+    codes = []
+    for pieces in places(bits):
+        parts = (
+            ((other if in_extra else main) >> bit & (1 << size) - 1) << low
+            for in_extra, bit, size, low in pieces
+        )
+        codes.append(torch.stack([*parts]).sum(0).to(torch.uint8))
+    return _rows_of(torch.stack(codes, dim=-2))
 
 
 def _rows_of(tiles: Tensor) -> Tensor:

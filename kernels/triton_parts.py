@@ -14,33 +14,49 @@ import triton
 import triton.language as tl
 from triton import constexpr_function
 
-from fissile.kernels.fields import Float, affine_ptx, fields, slice_offsets, unpack_ptx
+from fissile.kernels.fields import (
+    BYTE,
+    SLICE,
+    Float,
+    affine_ptx,
+    bend,
+    block_codes,
+    code_bits,
+    fields,
+    unpack_ptx,
+)
 
 _KINDS: dict[bool, Float] = {False: "bf16", True: "fp16"}
+# Of codes, and of companded ones: at 2 bits, and in residuals, a code is its own value.
+_FORMS = [(2, 0), *((bits, steep) for bits in (3, 4, 8) for steep in (0, 2, 3))]
 _UNPACK = {
-    (bits, fp16, half): unpack_ptx(bits, kind, half)
-    for bits in (2, 3, 4, 8)
+    (bits, steep, fp16, half): unpack_ptx(bits, kind, half, steep)
+    for bits, steep in _FORMS
     for fp16, kind in _KINDS.items()
     for half in range(2 if bits == 3 else 1)
 }
 _FIELDS = {
-    (bits, fp16): tuple((f.shift, f.mask, f.magic, f.offset) for f in fields(bits, kind))
-    for bits in (2, 3, 4, 8)
+    (bits, steep, fp16): fields(bits, kind, steep)
+    for bits, steep in _FORMS
     for fp16, kind in _KINDS.items()
+}
+_SLICES = {bits: block_codes(bits) // SLICE for bits in (2, 3, 4, 8)}
+_BENDS = {bits: bend(bits) for bits in (2, 3, 4, 8)}
+_CENTRES = {
+    **{(bits, 0): 1 << code_bits(bits) - 1 for bits in (2, 3, 4, 8)},
+    # The middle of (v - v0) / 2.
+    **{(3, 2): 3, (4, 2): 7, (8, 2): 7, (3, 3): 7, (4, 3): 15, (8, 3): 15},
 }
 _AFFINE = {
-    (bits, fp16, code): affine_ptx(kind, f.offset + centre)
-    for bits, centre in ((2, 2), (3, 4), (4, 8), (8, 8))
+    (bits, steep, fp16, code): affine_ptx(
+        kind, f.offset * max(1, steep - 1) + _CENTRES[bits, steep]
+    )
+    for bits, steep in _FORMS
     for fp16, kind in _KINDS.items()
-    for code, f in enumerate(fields(bits, kind))
-}
-_OFFSETS = {
-    (bits, fp16): slice_offsets(bits, kind)
-    for bits in (2, 3, 4, 8)
-    for fp16, kind in _KINDS.items()
+    for code, f in enumerate(fields(bits, kind, steep))
 }
 # Triton's cache knows the source of kernels and their constexpr globals, but not these tables.
-_DIGEST = tl.constexpr(crc32(repr((_UNPACK, _FIELDS, _AFFINE, _OFFSETS)).encode()))
+_DIGEST = tl.constexpr(crc32(repr((_UNPACK, _FIELDS, _SLICES, _BENDS, _CENTRES, _AFFINE)).encode()))
 _BF16 = tl.constexpr(tl.bfloat16)
 _BF16_4 = tl.constexpr((tl.bfloat16,) * 4)
 _BF16_8 = tl.constexpr((tl.bfloat16,) * 8)
@@ -50,39 +66,60 @@ _FP16_8 = tl.constexpr((tl.float16,) * 8)
 
 
 @constexpr_function
-def unpack_text(bits: int, fp16: bool, half: int) -> str:
+def unpack_text(bits: int, steep: int, fp16: bool, half: int) -> str:
     """PTX of `unpack`."""
-    return _UNPACK[bits, fp16, half]
+    return _UNPACK[bits, steep, fp16, half]
 
 
 @constexpr_function
-def affine_text(bits: int, fp16: bool, code: int) -> str:
+def affine_text(bits: int, steep: int, fp16: bool, code: int) -> str:
     """PTX of `weights_of`."""
-    return _AFFINE[bits, fp16, code]
+    return _AFFINE[bits, steep, fp16, code]
 
 
 @constexpr_function
-def field(bits: int, fp16: bool, code: int, what: int) -> int:
-    """Shift (0), mask (1), magic (2) or offset (3) of a code of a word."""
-    return _FIELDS[bits, fp16][code][what]
+def piece(
+    bits: int, steep: int, fp16: bool, code: int, extra: bool, what: int, half: int = 0
+) -> int:
+    """Shift (0) and mask (1) of what the word, or the extra word, holds of a code."""
+    found = [p for p in _FIELDS[bits, steep, fp16][code].pieces if p.extra == extra]
+    return (found[0].shift + extra * BYTE * half, found[0].mask)[what] if found else 0
 
 
 @constexpr_function
-def offset_of(bits: int, fp16: bool, index: int) -> int:
-    """Offset of one slice of a block."""
-    return _OFFSETS[bits, fp16][index]
+def magic_of(bits: int, steep: int, fp16: bool, code: int) -> int:
+    """Exponent bits of a code."""
+    return _FIELDS[bits, steep, fp16][code].magic
+
+
+@constexpr_function
+def zero_code(bits: int, steep: int, fp16: bool, code: int) -> int:
+    """Offset of a code of a word."""
+    return _FIELDS[bits, steep, fp16][code].offset
+
+
+@constexpr_function
+def lift(steep: int) -> int:
+    """How often `unpack` of a companded weight adds the offset."""
+    return max(1, steep - 1)
+
+
+@constexpr_function
+def bend_of(bits: int, what: int) -> float:
+    """Where companded values bend (0, 1), and v0 (2)."""
+    return _BENDS[bits][what]
 
 
 @constexpr_function
 def slices(bits: int) -> int:
     """Slices of 32 weights in a block."""
-    return len(_OFFSETS[bits, False])
+    return _SLICES[bits]
 
 
 @constexpr_function
-def centre_of(bits: int) -> int:
-    """Code that is subtracted before the scale, so that the zero left over is small."""
-    return {2: 2, 3: 4, 4: 8, 8: 8}[bits]
+def centre_of(bits: int, steep: int) -> int:
+    """What is subtracted before the scale, so that the zero left over is small."""
+    return _CENTRES[bits, steep]
 
 
 @triton.jit
@@ -98,34 +135,35 @@ def moved(word: tl.tensor, shift: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def code_at(
-    word: tl.tensor,
-    third: tl.tensor,
-    BITS: tl.constexpr,
-    HALF: tl.constexpr,
-    FP16: tl.constexpr,
-    code: tl.constexpr,
-) -> tl.tensor:
-    """offset + code in plain operations, for targets without PTX."""
-    shift: tl.constexpr = field(BITS, FP16, code, 0)
-    mask: tl.constexpr = field(BITS, FP16, code, 1)
-    magic: tl.constexpr = field(BITS, FP16, code, 2)
-    if BITS == 3:
-        low: tl.constexpr = mask & -mask
-        high: tl.constexpr = mask - low
-        bits = (moved(word, shift - 1) & high) | (moved(third, shift + HALF) & low) | magic
+    word: tl.tensor, extra: tl.tensor, BITS: tl.constexpr, STEEP: tl.constexpr,
+    HALF: tl.constexpr, FP16: tl.constexpr, code: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """What `unpack` makes of one code, in plain operations, for targets without PTX."""
+    DTYPE: tl.constexpr = _FP16 if FP16 else _BF16
+    mask: tl.constexpr = piece(BITS, STEEP, FP16, code, False, 1)
+    rest: tl.constexpr = piece(BITS, STEEP, FP16, code, True, 1)
+    magic: tl.constexpr = magic_of(BITS, STEEP, FP16, code)
+    if mask == 0:
+        bits = (moved(extra, piece(BITS, STEEP, FP16, code, True, 0, HALF)) & rest) | magic
     else:
-        bits = (moved(word, shift) & mask) | magic
-    if FP16:
-        return bits.to(_FP16, bitcast=True)
-    else:
-        return bits.to(_BF16, bitcast=True)
+        bits = (moved(word, piece(BITS, STEEP, FP16, code, False, 0)) & mask) | magic
+        if rest > 0:
+            bits = (moved(extra, piece(BITS, STEEP, FP16, code, True, 0, HALF)) & rest) | bits
+    found = bits.to(DTYPE, bitcast=True)
+    if STEEP > 0:
+        single = found.to(tl.float32)
+        low: tl.constexpr = zero_code(BITS, STEEP, FP16, code) + bend_of(BITS, 0)
+        high: tl.constexpr = zero_code(BITS, STEEP, FP16, code) + bend_of(BITS, 1)
+        found = (STEEP * single - tl.minimum(tl.maximum(single, low), high)).to(DTYPE)
+    return found
 
 
 @triton.jit
 def unpack(
     word: tl.tensor,
-    third: tl.tensor,
+    extra: tl.tensor,
     BITS: tl.constexpr,
+    STEEP: tl.constexpr,
     HALF: tl.constexpr,
     FP16: tl.constexpr,
     PTX: tl.constexpr,
@@ -134,17 +172,18 @@ def unpack(
 
     Args:
         word: int16 (BN, 32).
-        third: int16 (BN, 32) third bits at 3 bits; else anything.
+        extra: int16 (BN, 32) extra words at 3 bits; else anything.
+        STEEP: k of the companding; with it (k - 1) offset + (value - v0) / 2 are made.
         HALF: which of the two tiles of a block, at 3 bits.
     """
     tl.static_assert(_DIGEST >= 0)
     if PTX:
-        text: tl.constexpr = unpack_text(BITS, FP16, HALF)
+        text: tl.constexpr = unpack_text(BITS, STEEP, FP16, HALF)
         if BITS == 3:
             return tl.inline_asm_elementwise(
                 text,
                 "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
-                [word, third],
+                [word, extra],
                 dtype=_FP16_8 if FP16 else _BF16_8,
                 is_pure=True,
                 pack=2,
@@ -168,15 +207,15 @@ def unpack(
                 pack=2,
             )
     else:
-        a = code_at(word, third, BITS, HALF, FP16, 0)
-        b = code_at(word, third, BITS, HALF, FP16, 1)
-        c = code_at(word, third, BITS, HALF, FP16, 2)
-        d = code_at(word, third, BITS, HALF, FP16, 3)
+        a = code_at(word, extra, BITS, STEEP, HALF, FP16, 0)
+        b = code_at(word, extra, BITS, STEEP, HALF, FP16, 1)
+        c = code_at(word, extra, BITS, STEEP, HALF, FP16, 2)
+        d = code_at(word, extra, BITS, STEEP, HALF, FP16, 3)
         if BITS < 4:
-            e = code_at(word, third, BITS, HALF, FP16, 4)
-            f = code_at(word, third, BITS, HALF, FP16, 5)
-            g = code_at(word, third, BITS, HALF, FP16, 6)
-            h = code_at(word, third, BITS, HALF, FP16, 7)
+            e = code_at(word, extra, BITS, STEEP, HALF, FP16, 4)
+            f = code_at(word, extra, BITS, STEEP, HALF, FP16, 5)
+            g = code_at(word, extra, BITS, STEEP, HALF, FP16, 6)
+            h = code_at(word, extra, BITS, STEEP, HALF, FP16, 7)
             return a, b, c, d, e, f, g, h
         else:
             return a, b, c, d
@@ -184,10 +223,14 @@ def unpack(
 
 @triton.jit
 def exact(
-    value: tl.tensor, BITS: tl.constexpr, FP16: tl.constexpr, code: tl.constexpr
+    value: tl.tensor,
+    BITS: tl.constexpr,
+    STEEP: tl.constexpr,
+    FP16: tl.constexpr,
+    code: tl.constexpr,
 ) -> tl.tensor:
-    """The code itself in float32, given what `unpack` made of it."""
-    return value.to(tl.float32) - field(BITS, FP16, code, 3)
+    """The code, or (value - v0) / 2 of a companded one, in float32, from what `unpack` made."""
+    return value.to(tl.float32) - lift(STEEP) * zero_code(BITS, STEEP, FP16, code)
 
 
 @triton.jit
@@ -196,6 +239,7 @@ def weights_of(
     scale: tl.tensor,
     zero: tl.tensor,
     BITS: tl.constexpr,
+    STEEP: tl.constexpr,
     FP16: tl.constexpr,
     code: tl.constexpr,
     PTX: tl.constexpr,
@@ -209,7 +253,7 @@ def weights_of(
     """
     if PTX:
         return tl.inline_asm_elementwise(
-            affine_text(BITS, FP16, code),
+            affine_text(BITS, STEEP, FP16, code),
             "=&r,r,r,r",
             [
                 value,
@@ -221,17 +265,20 @@ def weights_of(
             pack=2,
         )
     else:
-        centred = exact(value, BITS, FP16, code) - centre_of(BITS)
+        centred = exact(value, BITS, STEEP, FP16, code) - centre_of(BITS, STEEP)
         weight = centred * scale.to(tl.float32)[:, None] + zero.to(tl.float32)[:, None]
         return weight.to(_FP16 if FP16 else _BF16)
 
 
 @triton.jit
-def scale_zero(theta: tl.tensor) -> tl.tuple:
-    """float32 scale and zero of int32 pairs of float16."""
-    scale = (theta & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-    zero = (theta >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return scale.to(tl.float32), zero.to(tl.float32)
+def scale_zero(theta: tl.tensor, BITS: tl.constexpr, STEEP: tl.constexpr) -> tl.tuple:
+    """float32 scale and zero of int32 pairs of float16, for what `exact` gives."""
+    scale = (theta & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    zero = (theta >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    if STEEP > 0:
+        return 2 * scale, zero + bend_of(BITS, 2) * scale
+    else:
+        return scale, zero
 
 
 @triton.jit
@@ -252,14 +299,3 @@ def gate_and_up(both: tl.tensor, BN: tl.constexpr, BM: tl.constexpr) -> tl.tuple
     apart = tl.permute(tl.reshape(both, (BN // 16, 2, 8, BM)), (0, 2, 3, 1))
     gate, up = tl.split(apart)
     return tl.reshape(gate, (BN // 2, BM)), tl.reshape(up, (BN // 2, BM))
-
-
-@triton.jit
-def slice_offset(index: tl.tensor, BITS: tl.constexpr, FP16: tl.constexpr) -> tl.tensor:
-    """Offset of slices of 32 inputs, float32, by their index along the inputs."""
-    tl.static_assert(_DIGEST >= 0)
-    place = index % slices(BITS)
-    found = tl.zeros(index.shape, tl.float32)
-    for i in tl.static_range(slices(BITS)):
-        found = tl.where(place == i, offset_of(BITS, FP16, i), found)
-    return found

@@ -17,6 +17,7 @@ import triton.language as tl
 from fissile.kernels.triton_decode import token_rows
 from fissile.kernels.triton_parts import (
     activated,
+    bend_of,
     centre_of,
     exact,
     gate_and_up,
@@ -28,10 +29,12 @@ from fissile.kernels.triton_parts import (
 
 
 @triton.jit
-def group_floats(theta_ptr: tl.tensor, BITS: tl.constexpr, DTYPE: tl.constexpr) -> tl.tuple:
+def group_floats(
+    theta_ptr: tl.tensor, BITS: tl.constexpr, STEEP: tl.constexpr, DTYPE: tl.constexpr
+) -> tl.tuple:
     """Scale, and zero with the centre's share, of one group in the dtype of the activations."""
-    scale, zero = scale_zero(tl.load(theta_ptr))
-    return scale.to(DTYPE), (zero + centre_of(BITS) * scale).to(DTYPE)
+    scale, zero = scale_zero(tl.load(theta_ptr), BITS, STEEP)
+    return scale.to(DTYPE), (zero + centre_of(BITS, STEEP) * scale).to(DTYPE)
 
 
 @triton.jit
@@ -39,7 +42,7 @@ def multiply(
     x_ptr: tl.tensor, code_ptr: tl.tensor, extra_ptr: tl.tensor, theta_ptr: tl.tensor,
     theta_extra_ptr: tl.tensor, inputs: tl.tensor, blocks: tl.tensor, BITS: tl.constexpr,
     GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, FP16: tl.constexpr,
-    PTX: tl.constexpr, PADDED: tl.constexpr,
+    PTX: tl.constexpr, PADDED: tl.constexpr, STEEP: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Product of one row tile and one token tile, float32 (BN, BM); addresses as in `decode`."""
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
@@ -48,29 +51,29 @@ def multiply(
     SPAN: tl.constexpr = CODES // RUN
     DTYPE: tl.constexpr = tl.float16 if FP16 else tl.bfloat16
     acc = tl.zeros((BN, BM), tl.float32)
-    # Tiles, not blocks: at 3 bits the third bits are read twice, from cache, which costs less than
+    # Tiles, not blocks: at 3 bits the extra words are read twice, from cache, which costs less than
     # the shared memory of a block's tokens.
     for tile in range(0, blocks * HALVES):
-        third = None
+        extra = None
         if BITS == 3:
-            third = tl.load(extra_ptr + tile // 2 * 4096) >> tl.cast(tile % 2, tl.int16)
+            extra = tl.load(extra_ptr + tile // 2 * 4096) >> tl.cast(tile % 2 * 8, tl.int16)
         elif BITS == 8:
-            third = tl.load(extra_ptr + tile * 4096)
-        codes = unpack(tl.load(code_ptr + tile * 4096), third, BITS, 0, FP16, PTX)
+            extra = tl.load(extra_ptr + tile * 4096)
+        codes = unpack(tl.load(code_ptr + tile * 4096), extra, BITS, STEEP, 0, FP16, PTX)
         if BITS == 8:
-            residual = unpack(third, None, BITS, 0, FP16, PTX)
+            residual = unpack(extra, None, BITS, 0, 0, FP16, PTX)
         for code in tl.static_range(CODES):
             at = tile * (CODES * 32) + code * 32
             x = tl.load(x_ptr + at, mask=at < inputs, other=0.0) if PADDED else tl.load(x_ptr + at)
             if code % RUN == 0:
                 theta = (tile * SPAN + code // RUN) * 128
-                scale, zero = group_floats(theta_ptr + theta, BITS, DTYPE)
+                scale, zero = group_floats(theta_ptr + theta, BITS, STEEP, DTYPE)
                 if BITS == 8:
-                    fine, shift = group_floats(theta_extra_ptr + theta, BITS, DTYPE)
-            weight = weights_of(codes[code], scale, zero, BITS, FP16, code, PTX)
+                    fine, shift = group_floats(theta_extra_ptr + theta, BITS, 0, DTYPE)
+            weight = weights_of(codes[code], scale, zero, BITS, STEEP, FP16, code, PTX)
             acc = tl.dot(weight, x, acc)
             if BITS == 8:
-                weight = weights_of(residual[code], fine, shift, BITS, FP16, code, PTX)
+                weight = weights_of(residual[code], fine, shift, BITS, 0, FP16, code, PTX)
                 acc = tl.dot(weight, x, acc)
     return acc
 
@@ -84,7 +87,7 @@ def prefill_kernel(
     blocks: tl.tensor, BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
     BM: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr, PADDED: tl.constexpr,
     ROUTED: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, TOP_K: tl.constexpr,
-    ACT: tl.constexpr, BIAS: tl.constexpr,
+    ACT: tl.constexpr, BIAS: tl.constexpr, STEEP: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row tile and one token tile; flags as in `decode_kernel`.
 
@@ -110,7 +113,7 @@ def prefill_kernel(
         code_ptr + tile * blocks * (4096 * (2 if BITS == 3 else 1)) + within,
         extra_ptr + tile * blocks * 4096 + within, theta_ptr + tile * padded_groups * 128 + n,
         theta_extra_ptr + tile * padded_groups * 128 + n, inputs, blocks, BITS, GROUP, BN, BM,
-        FP16, PTX, PADDED,
+        FP16, PTX, PADDED, STEEP,
     )  # fmt: skip
     if ACT >= 0:
         gate, up = gate_and_up(acc, BN, BM)
@@ -134,6 +137,7 @@ def dequantize_kernel(
     y_ptr: tl.tensor, rows: tl.tensor, inputs: tl.tensor, padded_groups: tl.tensor,
     row_tiles: tl.tensor, blocks: tl.tensor, expert: tl.tensor, BITS: tl.constexpr,
     GROUP: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr, PAIRED: tl.constexpr,
+    STEEP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Decode one block of one row tile to (N, K) in the dtype of y, rows in stored order.
 
@@ -159,22 +163,25 @@ def dequantize_kernel(
     to = y_ptr + (tl.program_id(2).to(tl.int64) * rows + row)[:, None] * inputs + i[None, :]
     theta = theta_ptr + tile * padded_groups * 128 + n
     theta_extra = theta_extra_ptr + tile * padded_groups * 128 + n
-    third = None
+    extra = None
     if BITS == 3 or BITS == 8:
-        third = tl.load(extra_ptr + (tile * blocks + block) * 4096 + within)
+        extra = tl.load(extra_ptr + (tile * blocks + block) * 4096 + within)
     for half in tl.static_range(HALVES):
         word = tl.load(code_ptr + ((tile * blocks + block) * HALVES + half) * 4096 + within)
-        codes = unpack(word, third, BITS, half, FP16, PTX)
+        codes = unpack(word, extra, BITS, STEEP, half, FP16, PTX)
         if BITS == 8:
-            residual = unpack(third, None, BITS, half, FP16, PTX)
+            residual = unpack(extra, None, BITS, 0, half, FP16, PTX)
         for code in tl.static_range(CODES):
             at = block * (slices(BITS) * 32) + (half * CODES + code) * 32
             group = (block * (slices(BITS) // RUN) + (half * CODES + code) // RUN) * 128
-            scale, zero = scale_zero(tl.load(theta + group))
-            weight = exact(codes[code], BITS, FP16, code) * scale[:, None] + zero[:, None]
+            scale, zero = scale_zero(tl.load(theta + group), BITS, 0)
+            value = exact(codes[code], BITS, STEEP, FP16, code)
+            if STEEP > 0:
+                value = 2 * value + bend_of(BITS, 2)
+            weight = value * scale[:, None] + zero[:, None]
             if BITS == 8:
-                scale, zero = scale_zero(tl.load(theta_extra + group))
-                fine = exact(residual[code], BITS, FP16, code)
+                scale, zero = scale_zero(tl.load(theta_extra + group), BITS, 0)
+                fine = exact(residual[code], BITS, 0, FP16, code)
                 weight += fine * scale[:, None] + zero[:, None]
             tl.store(
                 to + at,

@@ -1,4 +1,4 @@
-"""Small kernels around the products: group sums, sums over splits and slots, the tile table.
+"""Small kernels around the products: sums over splits and slots, the tile table.
 
 Importing this module imports Triton; only launchers do, inside functions.
 """
@@ -9,56 +9,19 @@ import triton
 import triton.language as tl
 
 from fissile.kernels.triton_decode import store_neurons
-from fissile.kernels.triton_parts import slice_offset
-
-
-@triton.jit
-def group_sums_kernel(
-    x_ptr: tl.tensor,
-    sums_ptr: tl.tensor,
-    inputs: tl.tensor,
-    groups: tl.tensor,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    FP16: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> None:
-    """Sums of x (T, K) over groups, and the same with the codes' offsets: float32 (T, 2, G).
-
-    Grid: (T, ceil(K / CHUNK)), CHUNK a multiple of GROUP.
-    """
-    RUN: tl.constexpr = GROUP // 32
-    SLICES: tl.constexpr = CHUNK // 32
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * SLICES + tl.arange(0, SLICES)
-    k = at[:, None] * 32 + tl.arange(0, 32)[None, :]
-    x = tl.load(x_ptr + row * inputs + k, mask=k < inputs, other=0.0).to(tl.float32)
-    part = tl.sum(x, axis=1)
-    shifted = part * slice_offset(at, BITS, FP16)
-    part = tl.sum(tl.reshape(part, (SLICES // RUN, RUN)), axis=1)
-    shifted = tl.sum(tl.reshape(shifted, (SLICES // RUN, RUN)), axis=1)
-    group = tl.program_id(1) * (SLICES // RUN) + tl.arange(0, SLICES // RUN)
-    to = sums_ptr + row * (2 * groups) + group
-    tl.store(to, part, mask=group < groups)
-    tl.store(to + groups, shifted, mask=group < groups)
 
 
 @triton.jit
 def combine_neurons_kernel(
     part_ptr: tl.tensor,
     h_ptr: tl.tensor,
-    sums_ptr: tl.tensor,
     splits: tl.tensor,
     stride: tl.tensor,
     width: tl.tensor,
     size: tl.tensor,
-    groups: tl.tensor,
     ACT: tl.constexpr,
-    NEXT_BITS: tl.constexpr,
-    NEXT_GROUP: tl.constexpr,
-    FP16: tl.constexpr,
 ) -> None:
-    """Add the parts (S, R, width) of gate and up rows; store neurons and their group sums.
+    """Add the parts (S, R, width) of gate and up rows and store neurons.
 
     Grid: (R, ceil(width / 256)); width is a multiple of 128.
     """
@@ -69,10 +32,7 @@ def combine_neurons_kernel(
     for split in range(0, splits):
         at_split = from_ + tl.cast(split, tl.int64) * stride
         acc += tl.load(at_split, mask=at[:, None] < width, other=0.0)
-    store_neurons(
-        acc, h_ptr, sums_ptr, row, row >= 0, tl.program_id(1) * 128, size, groups,
-        256, 1, ACT, NEXT_BITS, NEXT_GROUP, FP16,
-    )  # fmt: skip
+    store_neurons(acc, h_ptr, row, row >= 0, tl.program_id(1) * 128, size, 256, 1, ACT)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from fissile.kernels.fields import block_codes, halves
 from fissile.kernels.proof.aot import Report, compile_kernel
 
 DECODE_CAPS = {2: 1.7, 3: 2.5, 4: 2.6}
+COMPANDED_CAP = 4.0
 # Bytes of shared memory that one block of threads can have.
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
 _POINTERS = {
@@ -22,15 +23,13 @@ _POINTERS = {
     "extra_ptr": "*i16",
     "theta_ptr": "*i32",
     "theta_extra_ptr": "*i32",
-    "sums_ptr": "*fp32",
-    "y_sums_ptr": "*fp32",
     "expert_ptr": "*i32",
     "begin_ptr": "*i32",
     "offsets_ptr": "*i32",
     "slot_ptr": "*i32",
 }
 # Sizes that real weights do not make multiples of 16.
-_ODD = ("rows", "groups", "padded_groups", "next_groups", "row_tiles", "blocks", "split_blocks")
+_ODD = ("rows", "padded_groups", "row_tiles", "blocks", "split_blocks")
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Variant:
         stages: of the software pipeline.
         portable: plain operations instead of PTX, as on gfx942.
         padded: the inputs end within a block.
+        steep: of a companded weight, see `fissile.kernels.fields.STEEP`.
         cap: most instructions a weight, or None.
         unaligned: pointers of which the compiler must not assume 16 bytes.
     """
@@ -66,6 +66,7 @@ class Variant:
     stages: int = 3
     portable: bool = False
     padded: bool = False
+    steep: int = 0
     cap: float | None = None
     unaligned: tuple[str, ...] = field(default=())
 
@@ -91,10 +92,9 @@ class Variant:
             "SCATTER": self.act < 0,
             "TOP_K": 2,
             "ACT": self.act,
-            "NEXT_BITS": self.bits,
-            "NEXT_GROUP": self.group,
             "BIAS": False,
             "PAIRED": True,
+            "STEEP": self.steep,
         }
         constants = {name: flags[name] for name in kernel.arg_names if name in flags}
         half = "*fp16" if self.fp16 else "*bf16"
@@ -122,8 +122,7 @@ def _kernel(name: str) -> Any:
 
 
 SMALL: dict[str, dict[str, object]] = {
-    "group_sums_kernel": {"BITS": 2, "GROUP": 128, "FP16": False, "CHUNK": 1024},
-    "combine_neurons_kernel": {"ACT": 0, "NEXT_BITS": 3, "NEXT_GROUP": 128, "FP16": False},
+    "combine_neurons_kernel": {"ACT": 0},
     "combine_rows_kernel": {"TOP_K": 2, "WEIGHTED": True, "ADD": True, "CHUNK": 1024},
     "route_kernel": {"EXPERTS": 127, "BLOCK": 8, "ROWS": 256, "TILES": 256, "EXPERTS_PAD": 128},
 }
@@ -136,7 +135,7 @@ def compile_small(name: str, target: str) -> Report:
 
     kernel = getattr(triton_small, name)
     half = dict.fromkeys(("x_ptr", "h_ptr", "add_ptr", "y_ptr"), "*bf16")
-    floats = dict.fromkeys(("sums_ptr", "part_ptr", "weight_ptr"), "*fp32")
+    floats = dict.fromkeys(("part_ptr", "weight_ptr"), "*fp32")
     tables = dict.fromkeys(("tile_expert_ptr", "tile_begin_ptr", "offsets_ptr", "slot_ptr"), "*i32")
     types = half | floats | tables | {"index_ptr": "*i64"}
     return compile_kernel(
@@ -162,20 +161,29 @@ def variants() -> Iterator[Variant]:
             )
         yield Variant("decode", target, 4, act=0, warps=2, cap=DECODE_CAPS[4])
         yield Variant("prefill", target, 4, block_m=128, act=0, warps=8, stages=2)
+        # Narrow tiles, which gate and up rows of few tokens are cut into.
+        yield Variant("decode", target, 4, act=0, block_n=32, warps=1, stages=6, cap=2.6)
+    yield Variant("decode", "sm_90", 2, act=0, block_n=32, warps=1, stages=6, cap=DECODE_CAPS[2])
+    yield Variant("decode", "sm_90", 3, act=0, block_n=64, warps=2, cap=DECODE_CAPS[3])
     yield Variant("decode", "sm_90", 8, warps=2)
     yield Variant("decode", "sm_90", 2, warps=2, fp16=True, cap=DECODE_CAPS[2])
     yield Variant("decode", "sm_90", 4, warps=2, fp16=True, act=2, cap=DECODE_CAPS[4])
     yield Variant("decode", "sm_90", 2, group=32, padded=True)
     yield Variant("decode", "sm_90", 4, warps=2, group=64)
     yield Variant("decode", "sm_90", 4, block_m=16, act=0)
-    yield Variant("decode", "sm_90", 3, block_m=32, warps=8)
+    yield Variant("decode", "sm_90", 3, block_m=32, warps=8, stages=2)
     yield Variant("decode", "sm_90", 4, block_m=64, warps=8, stages=2)
+    yield Variant("decode", "sm_80", 3, steep=2, stages=2, cap=COMPANDED_CAP)
+    yield Variant("decode", "sm_90", 4, steep=3, warps=2, cap=COMPANDED_CAP)
     for bits in (2, 3, 8):
         yield Variant("prefill", "sm_90", bits, block_m=128, warps=8, stages=2)
+    yield Variant("prefill", "sm_90", 4, block_m=128, warps=8, stages=2, steep=3)
     yield Variant("dequantize", "sm_90", 3, warps=8)
-    yield Variant("decode", "gfx942", 4, block_m=16, portable=True, stages=2)
-    yield Variant("decode", "gfx942", 2, block_m=16, portable=True, stages=2)
-    yield Variant("prefill", "gfx942", 4, block_m=64, portable=True, warps=8, stages=2)
+    for bits in (2, 3, 4):
+        stages = 1 if bits == 3 else 2
+        yield Variant("decode", "gfx942", bits, block_m=16, portable=True, stages=stages)
+    for bits in (3, 4):
+        yield Variant("prefill", "gfx942", bits, block_m=64, portable=True, warps=8, stages=2)
 
 
 def misses(variant: Variant, report: Report) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 Words = np.ndarray
 
@@ -184,7 +185,7 @@ def run_ptx(asm: str, registers: Mapping[str, Words], outputs: int) -> list[Word
     """Execute straight-line PTX on arrays of 32-bit words.
 
     Args:
-        asm: statements of lop3, shl, shr, mov and fma.rn.(b)f16x2.
+        asm: statements of lop3, shl, shr, mov and min, max, fma.rn of (b)f16x2.
         registers: "$i" to uint32 arrays of equal length: the inputs.
         outputs: how many of "$0", "$1" … are returned.
 
@@ -224,7 +225,18 @@ def _execute(name: str, operands: list[Words]) -> Words:
         return out
     if found := re.fullmatch(r"fma\.rn\.(b?f16)x2", name):
         return _fma(found[1], operands)
+    if found := re.fullmatch(r"(min|max)\.(b?f16)x2", name):
+        return _extreme(found[1], found[2], operands)
     raise ValueError(f"no emulation of the PTX instruction {name}")
+
+
+def _extreme(which: str, kind: str, operands: list[Words]) -> Words:
+    """The smaller or larger of two lanes."""
+    a, b = (operand.view(np.uint16) for operand in operands)
+    first, second = (
+        bf16_to_float(lane) if kind == "bf16" else lane.view(np.float16) for lane in (a, b)
+    )
+    return np.where((first < second) == (which == "min"), a, b).view(np.uint32)
 
 
 def _fma(kind: str, operands: list[Words]) -> Words:
@@ -317,6 +329,46 @@ class Guard:
                     raise GuardError(
                         f"programs {self._owners[one]} and {program} store to one place"
                     )
+
+
+class Launches(TorchDispatchMode):
+    """What a GPU would be asked to run inside the `with` block, in order.
+
+    Attributes:
+        names: of Triton kernels and of torch's operations that are not views or allocations. A read
+            by the host shows as `_local_scalar_dense`.
+        grids: of the Triton kernels.
+    """
+
+    _FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.grids: list[tuple[int, ...]] = []
+
+    def __enter__(self) -> Launches:
+        self._executor = _interpreter_module().GridExecutor
+        self._run = run = self._executor.__call__
+
+        def counted(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            self.names.append(executor.fn.__name__)
+            self.grids.append(tuple(executor.grid))
+            with _disable_current_modes():  # the interpreter's own copies
+                return run(executor, *args, **kwargs)
+
+        self._executor.__call__ = counted
+        return super().__enter__()
+
+    def __exit__(self, *raised: object) -> None:
+        self._executor.__call__ = self._run
+        super().__exit__(*raised)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if not func.is_view and name not in self._FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 class _Watched:

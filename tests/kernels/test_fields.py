@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 
 from fissile.kernels.fields import (
+    STEEP,
     Float,
     affine_ptx,
+    bend,
     block_codes,
     code_bits,
     codes_per_word,
     fields,
     halves,
-    slice_offsets,
     unpack_ptx,
 )
+from fissile.kernels.layout import COMPANDED
 from fissile.kernels.proof.interpreter import bf16_to_float, float_to_bf16, run_ptx
 
 KINDS: tuple[Float, ...] = ("bf16", "fp16")
@@ -30,25 +32,42 @@ def random_words(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 1 << 32, 4096, dtype=np.uint32)
 
 
-def codes_of(words: np.ndarray, third: np.ndarray, bits: int, half: int) -> list[np.ndarray]:
-    """Codes by position, read the plain way: field e of the word, bit 2e + half of the third."""
+def codes_of(words: np.ndarray, extra: np.ndarray, bits: int, half: int) -> list[np.ndarray]:
+    """Codes by position, read the plain way from both lanes of every register."""
     step = 16 // codes_per_word(bits)
-    lanes, lows = words.view(np.uint16), third.view(np.uint16)
-    main = [lanes >> (step * e) & ((1 << step) - 1) for e in range(codes_per_word(bits))]
+    lanes, byte = words.view(np.uint16), extra.view(np.uint16) >> (8 * half) & 0xFF
     if bits != 3:
-        return main
-    return [m << 1 | (lows >> (2 * e + half) & 1) for e, m in enumerate(main)]
+        return [lanes >> (step * e) & ((1 << step) - 1) for e in range(codes_per_word(bits))]
+    five = [lanes >> (3 * e) & 7 for e in range(5)]
+    return [*five, byte & 7, byte >> 3 & 7, byte >> 6 | lanes >> 15 << 2]
 
 
 @pytest.mark.parametrize(("bits", "kind", "half"), CASES)
 def test_unpacked_codes_are_their_offset_plus_the_code(bits: int, kind: Float, half: int) -> None:
-    words, third = random_words(bits), random_words(bits + 10)
+    words, extra = random_words(bits), random_words(bits + 10)
     count = codes_per_word(bits)
-    registers = {f"${count}": words, f"${count + 1}": third}
+    registers = {f"${count}": words, f"${count + 1}": extra}
     out = run_ptx(unpack_ptx(bits, kind, half), registers, count)
-    expected = codes_of(words, third, bits, half)
+    expected = codes_of(words, extra, bits, half)
     for field, got, want in zip(fields(bits, kind), out, expected, strict=True):
         assert np.array_equal(to_float(got.view(np.uint16), kind) - field.offset, want)
+
+
+@pytest.mark.parametrize("companding", COMPANDED)
+@pytest.mark.parametrize(("bits", "kind", "half"), [case for case in CASES if case[0] > 2])
+def test_companded_codes_become_their_values(
+    bits: int, kind: Float, half: int, companding: float
+) -> None:
+    """Against the stored table: what is made is (k - 1) offset + (value - v0) / 2."""
+    words, extra = random_words(bits), random_words(bits + 10)
+    count, steep = codes_per_word(bits), STEEP[companding]
+    registers = {f"${count}": words, f"${count + 1}": extra}
+    out = run_ptx(unpack_ptx(bits, kind, half, steep), registers, count)
+    table = np.array(COMPANDED[companding][min(bits, 4)], dtype=np.float64)
+    expected = codes_of(words, extra, bits, half)
+    for field, got, want in zip(fields(bits, kind, steep), out, expected, strict=True):
+        made = to_float(got.view(np.uint16), kind) - (steep - 1) * field.offset
+        assert np.array_equal(2 * made + bend(bits)[2], table[want])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +97,7 @@ def test_scaled_weights_are_rounded_once(bits: int, centre: int, kind: Float) ->
 def test_offsets_stay_small_and_cover_a_block() -> None:
     for bits in (2, 3, 4, 8):
         for kind in KINDS:
-            offsets = slice_offsets(bits, kind)
+            offsets = [field.offset for field in fields(bits, kind)] * halves(bits)
             assert len(offsets) * 32 == block_codes(bits)
             assert max(offsets) <= 256
 

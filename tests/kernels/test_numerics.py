@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_kernels_equal_float64_in_the_interpreter() -> None:
+def test_kernels_equal_float64_in_the_interpreter(finished_run: Path) -> None:
     pytest.importorskip("triton")
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -21,7 +21,12 @@ def test_kernels_equal_float64_in_the_interpreter() -> None:
             *("--import-mode=importlib", "--durations=5", "tests/kernels/interpreted.py"),
         ],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": path,
+            "FISSILE_TEST_MODEL": str(finished_run),
+        },
         capture_output=True,
         text=True,
         check=False,

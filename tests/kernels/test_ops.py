@@ -11,7 +11,14 @@ from torch import Tensor
 from fissile.kernels import dispatch, ops
 from fissile.kernels.configs import Table, choose_config, choose_method, split_for, table_name
 from fissile.kernels.grids import LaunchConfig
-from fissile.kernels.layout import dequantize, encode_theta, pack, pack_residual, segment_names
+from fissile.kernels.layout import (
+    WIDTHS,
+    dequantize,
+    encode_theta,
+    pack,
+    pack_residual,
+    segment_names,
+)
 from fissile.kernels.tiles import TiledWeight, tile
 
 BITS, GROUP, D, F, E, T, K = 4, 32, 64, 96, 3, 5, 2
@@ -189,9 +196,9 @@ def test_what_the_kernels_refuse_has_a_reason() -> None:
     ("changes", "reason"),
     [
         ({"dtype": torch.float32}, "activations are torch.float32"),
-        ({"bits": 6}, "bits 6"),
+        ({"bits": 5}, "bits 5"),
         ({"group_size": 48}, "group_size 48"),
-        ({"companding": 1.5}, "companding 1.5"),
+        ({"companding": 3.0}, "companding 3.0"),
     ],
 )
 def test_refusals(changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,4 +207,15 @@ def test_refusals(changes: dict[str, Any], reason: str, monkeypatch: pytest.Monk
     usual: dict[str, Any] = {"dtype": torch.bfloat16, "bits": 4, "group_size": 64}
     assert dispatch.refusal("cuda", **usual, ask_driver=False) is None
     assert reason in str(dispatch.refusal("cuda", **(usual | changes), ask_driver=False))
+    dispatch.refusal.cache_clear()
+
+
+def test_the_report_names_the_code_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, starts in ((True, "triton ("), (False, "decoded (triton is not installed")):
+        monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name, t=there: t or None)
+        dispatch.refusal.cache_clear()
+        found = dispatch.report("GPU without a table")
+        assert all(found[f"{bits} bits"].startswith(starts) for bits in WIDTHS)
+        assert ("held as 8 bits" in found["6 bits"]) is there
+        assert "prefill kernels between" in found["rows of an expert"]
     dispatch.refusal.cache_clear()

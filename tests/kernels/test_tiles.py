@@ -8,7 +8,7 @@ import torch
 from fissile.kernels import layout, tiles
 from fissile.kernels.fields import block_codes
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 6, 8)
 
 
 def stored(
@@ -51,34 +51,38 @@ def test_whole_blocks_take_exactly_their_bits(bits: int) -> None:
     parts = stored(2, 256, 1024, 128)
     weight = tiles.tile(parts, bits)
     codes = weight.codes.nbytes + (0 if weight.extra is None else weight.extra.nbytes)
-    assert codes * 8 == bits * 2 * 256 * 1024
+    assert codes * 8 == {6: 8}.get(bits, bits) * 2 * 256 * 1024
     floats = weight.theta.nbytes + (0 if weight.theta_extra is None else weight.theta_extra.nbytes)
-    assert floats == (2 if bits == 8 else 1) * 2 * 256 * 1024 // 128 * 4
+    assert floats == (2 if bits > 4 else 1) * 2 * 256 * 1024 // 128 * 4
     assert weight.nbytes == codes + floats
 
 
 def test_bits_lie_where_the_module_says() -> None:
     parts = stored(1, 300, 1024, 64, seed=3)
-    row, inputs = 200, (0, 33, 255, 256, 511, 700, 1023)
+    row, inputs = 200, (0, 33, 170, 255, 256, 420, 511, 700, 1023)
     for bits in BITS:
         weight = tiles.tile(parts, bits)
+        wide = bits if bits < 5 else 8
         code = layout.unpack(parts, min(bits, 4))[0, row]
-        residual = layout.unpack_residual(parts, 8)[0, row]
+        residual = layout.unpack_residual(parts, max(bits, 6))[0, row]
         for k in inputs:
-            block, within = divmod(k, block_codes(bits))
-            span = 256 if bits == 3 else block_codes(bits)
+            block, within = divmod(k, block_codes(wide))
+            span = 256 if bits == 3 else block_codes(wide)
             half, e, i = within // span, within % span // 32, within % 32
             word = int(weight.codes[0, 1, block, half, row - 128, i]) & 0xFFFF
             if bits == 2:
                 got = word >> (2 * e) & 3
             elif bits == 3:
                 assert weight.extra is not None
-                low = int(weight.extra[0, 1, block, row - 128, i]) >> (2 * e + half) & 1
-                got = (word >> (2 * e) & 3) << 1 | low
+                byte = int(weight.extra[0, 1, block, row - 128, i]) >> (8 * half) & 0xFF
+                if e < 5:
+                    got = word >> (3 * e) & 7
+                else:
+                    got = byte >> (3 * (e - 5)) & 7 if e < 7 else byte >> 6 | word >> 15 << 2
             else:
                 got = word >> (4 * e) & 15
             assert got == int(code[k])
-            if bits == 8:
+            if bits > 4:
                 assert weight.extra is not None
                 assert int(weight.extra[0, 1, block, row - 128, i]) >> (4 * e) & 15 == residual[k]
 
@@ -104,15 +108,20 @@ def test_what_the_kernels_do_not_take_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="group_size 48: the kernels take 32, 64, 128"):
         tiles.tile(parts, 4)
     parts = stored(1, 15, 64, 32)
-    with pytest.raises(ValueError, match="bits 6: the kernels take 2, 3, 4, 8"):
-        tiles.tile(parts, 6)
+    with pytest.raises(ValueError, match="bits 5: the kernels take 2, 3, 4, 6, 8"):
+        tiles.check_tile(5, 32)
     with pytest.raises(ValueError, match="15 rows are no pairs"):
         tiles.tile(parts, 4, paired=True)
-    with pytest.raises(ValueError, match=r"companding 1\.5"):
-        tiles.tile(parts, 4, companding=1.5)
-    assert torch.equal(
-        tiles.untile(tiles.tile(parts, 2, companding=1.5)), layout.dequantize(parts, 2, 1.5)
-    )
+    with pytest.raises(ValueError, match=r"companding 3\.0: the kernels take 1\.0, 1\.5, 2\.0"):
+        tiles.tile(parts, 4, companding=3.0)
+
+
+@pytest.mark.parametrize("companding", layout.COMPANDED)
+@pytest.mark.parametrize("bits", BITS)
+def test_companded_weights_keep_their_values(bits: int, companding: float) -> None:
+    parts = stored(2, 24, 96, 32)
+    weight = tiles.tile(parts, bits, companding=companding)
+    assert torch.equal(tiles.untile(weight), layout.dequantize(parts, bits, companding))
 
 
 def test_a_weight_moves_as_a_whole() -> None:

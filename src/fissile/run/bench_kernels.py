@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import gc
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from fissile.errors import QualityGate, UsageError
 from fissile.eval.result import code, machine, versions
 from fissile.kernels import dispatch
 from fissile.kernels.configs import current_table, triton_version
+from fissile.kernels.ops import plan_table
 from fissile.refactor.training import Progress
 from fissile.run.bench import Bench
 from fissile.run.kernel_cases import (
@@ -229,7 +231,8 @@ def _steps(
             median, least = seconds_per_call([step], device, settings.repeats)
             read = layers * packed_bytes(case, shape.weights(1))
             copy = best["copy_TBps"]
-            count = launches(step, device)
+            sort = partial(plan_table, *route, shape.experts, pairs[0][0].kernel_bits)
+            count, once = launches(step, device), launches(sort, device)
             yield {
                 "shape": shape.name,
                 "layers": layers,
@@ -238,7 +241,8 @@ def _steps(
                 "least_us": least * 1e6,
                 "floor_us": read / copy / 1e6 if copy else None,
                 "over_floor": median * copy * 1e12 / read if copy else None,
-                "launches_per_layer": count / layers if count is not None else None,
+                "launches_per_layer": None if count is None else (count - (once or 0)) / layers,
+                "launches_once": once,
                 "dry": device != "cuda",
             }
 
