@@ -253,11 +253,11 @@ def _values(
             shared[ids] = len(prefix) if ids[: len(prefix)] == prefix else 0
     rows = [Row(ids, tuple(own), shared[ids]) for (ids, _), own in continuations.items()]
     values: dict[_Choice, float] = {}
-    count = sum(map(len, encoded.values()))
+    subjects, count = list(encoded), sum(map(len, encoded.values()))
     for done, (index, numbers) in enumerate(scorer.loglikelihoods(rows), start=1):
         row = rows[index]
         values |= {(row.ids, own): v for own, v in zip(row.continuations, numbers, strict=True)}
-        steps.rows(list(encoded), count, done, len(rows))
+        steps.rows(subjects, count, done, len(rows))
     return values
 
 

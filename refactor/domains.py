@@ -102,21 +102,21 @@ class Overlap:
     width: int
 
 
-def domain_masks(mean_abs_NF: Tensor, size: int) -> Tensor:
-    """Mark exactly `size` neurons of largest mean |h| for every domain, ties to the lower index.
+def domain_masks(score_NF: Tensor, size: int) -> Tensor:
+    """Mark exactly `size` neurons of highest score for every domain, ties to the lower index.
 
     Args:
-        mean_abs_NF: E|h| per domain and neuron (N, F).
+        score_NF: of neurons per domain (N, F), e.g. E|h|.
         size: neurons that each domain keeps, 1..F.
 
     Returns:
         bool (N, F).
     """
-    width = mean_abs_NF.shape[1]
+    width = score_NF.shape[1]
     if not 1 <= size <= width:
         raise ValueError(f"size {size} is not in 1..{width}")
-    best = torch.sort(mean_abs_NF, dim=1, descending=True, stable=True).indices[:, :size]
-    return torch.zeros_like(mean_abs_NF, dtype=torch.bool).scatter_(1, best, True)
+    best = torch.sort(score_NF, dim=1, descending=True, stable=True).indices[:, :size]
+    return torch.zeros_like(score_NF, dtype=torch.bool).scatter_(1, best, True)
 
 
 def membership_partition(keep_NF: Tensor) -> MembershipPartition:

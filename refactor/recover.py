@@ -96,7 +96,7 @@ class Lesson:
         own = windows[self.workers.rank :: self.workers.count]
         return own, len(own) * self.workers.count / len(windows)
 
-    def loss(self, model: nn.Module, windows: Tensor) -> Tensor:
+    def loss(self, model: Callable[..., Any], windows: Tensor) -> Tensor:
         """Mean loss over this process's part of some windows, weighted for the mean over all."""
         own, weight = self.own(windows)
         ids_BS = self.teacher.ids_NS[own].to(self.workers.device)
@@ -107,7 +107,7 @@ class Lesson:
         return distill_loss(logits_BSV, targets, ids_BS, kd_weight=kd, temperature=t) * weight
 
     @torch.no_grad()
-    def judge(self, model: nn.Module) -> float:
+    def judge(self, model: Callable[..., Any]) -> float:
         """Mean loss over all windows in float32; every process computes the same."""
         alone = Lesson(
             self.teacher,
@@ -165,7 +165,7 @@ def train_to_teacher(
         QualityGate: the loss is not finite.
     """
     workers = workers or Workers()
-    fit, judge = _lessons(teacher, ids_NS, settings, seed, targets, workers)
+    fit, judge = lessons(teacher, ids_NS, settings, seed, targets, workers)
     student.to(workers.device)
     teacher.to(workers.device)
     before = judge.judge(student)
@@ -189,15 +189,15 @@ def train_to_teacher(
     )
 
 
-def _lessons(
-    teacher: nn.Module,
+def lessons(
+    teacher: Callable[..., Any],
     ids_NS: Tensor,
     settings: Recover,
     seed: int,
     targets: UnitStore | None,
     workers: Workers,
 ) -> tuple[Lesson, Lesson]:
-    """What is trained on, in the order of the first pass, and what judges."""
+    """What is trained on, in the order of the first pass, and what judges: every eighth window."""
     held = torch.tensor([is_held_out(window) for window in range(len(ids_NS))])
     judge_NS, fit_NS = (ids_NS[held], ids_NS[~held]) if held.any() else (ids_NS, ids_NS)
     order = torch.randperm(len(fit_NS), generator=step_generator(seed, 0))

@@ -20,6 +20,7 @@ from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.modeling_fissile import build_context
 from fissile.models.routers_fissile import Router, build_router
 from fissile.models.stream import StreamedModel, batches
+from fissile.refactor.balance import calibrate_threshold
 from fissile.refactor.training import Progress, TrainSettings, step_generator, train
 
 
@@ -63,6 +64,42 @@ def oracle_targets(norms_LTE: Tensor, per_layer: bool, weights_L: Tensor | None 
     return common * (plain.pow(2).mean() / common.pow(2).mean().clamp_min(1e-24)).sqrt()
 
 
+def threshold_targets(
+    norms_LTE: Tensor,
+    per_layer: bool,
+    mean_k: int,
+    max_k: int,
+    weights_L: Tensor | None = None,
+) -> Tensor:
+    """Which experts a threshold would take that means the same for all tokens: 1.0 or 0.0.
+
+    Norms are not centred, so tokens with more at stake have more experts. For one decision a
+    layer's norms count in proportion to the root of what their squares cost.
+
+    Args:
+        norms_LTE: output norms, float (L, T, E), experts aligned across layers.
+        per_layer: a threshold per layer instead of one on the sum over layers.
+        mean_k: experts per token in the mean.
+        max_k: most experts of one token.
+        weights_L: what a unit of squared output error costs the model in each layer, float (L,);
+            default the inverse of each layer's mean square.
+
+    Returns:
+        (H, T, E) float32.
+    """
+    values_HTE = norms_LTE.float()
+    if not per_layer:
+        weights_L = 1 / values_HTE.square().mean((1, 2)) if weights_L is None else weights_L.float()
+        values_HTE = torch.einsum("l,lte->te", weights_L.sqrt(), values_HTE)[None]
+    return torch.stack([_taken(values_TE, mean_k, max_k) for values_TE in values_HTE])
+
+
+def _taken(values_TE: Tensor, mean_k: int, max_k: int) -> Tensor:
+    top_TK, index_TK = values_TE.topk(max_k, dim=-1)
+    above_TK = (top_TK >= calibrate_threshold(values_TE, mean_k, max_k)).float()
+    return torch.zeros_like(values_TE).scatter(-1, index_TK, above_TK)
+
+
 def choice_costs(norms_LTE: Tensor, weights_L: Tensor) -> Tensor:
     """What the choice among experts is worth in each layer, (L,) float32 with mean one.
 
@@ -90,13 +127,16 @@ def distill_router(
     """Train the router to rank experts as the oracle does.
 
     Minimises KL(softmax(target / temperature) || softmax(logits)), averaged over heads and tokens,
-    plus `settings.balance` times the KL from the mean choice to the uniform one.
+    plus `settings.balance` times the KL from the mean choice to the uniform one. With
+    `settings.dynamic_k` a softmax would lose what a threshold needs, whether all of a token's
+    experts matter much or little: the loss is then the binary cross-entropy of every expert.
 
     Args:
         model: the dense model; only its embeddings and rotary table are used.
         config: the converted model's, with `routing` of kind "pregate".
         ids_NS: int64 windows without padding.
-        targets_HTE: from `oracle_targets`, tokens in window order.
+        targets_HTE: from `oracle_targets`, or `threshold_targets` with `settings.dynamic_k`; tokens
+            in window order.
         settings: steps, batch, learning rate, temperature, balance.
         seed: of the initial weights and of the order of windows.
         weights_H: say of every head in the loss, mean one; default all alike.
@@ -113,13 +153,10 @@ def distill_router(
     def loss_of(step: int) -> Tensor:
         pick = torch.randperm(windows, generator=step_generator(seed, step))[:size]
         logits_HTE = run_router(router, model, config, ids_NS[pick], embeds_NSD[pick])
-        log_q = torch.log_softmax(logits_HTE.float(), dim=-1)
-        target = targets_NSHE[pick].flatten(0, 1).transpose(0, 1) / settings.temperature
-        p = torch.softmax(target, dim=-1)
-        each_HT = nn.functional.kl_div(log_q, p, reduction="none").sum(-1)
-        loss = (each_HT.mean(1) * say_H).mean()
+        target_HTE = targets_NSHE[pick].flatten(0, 1).transpose(0, 1)
+        loss = (_miss(logits_HTE.float(), target_HTE, settings).mean(1) * say_H).mean()
         if settings.balance:
-            load_HE = log_q.exp().mean(1)
+            load_HE = logits_HTE.float().softmax(-1).mean(1)
             uniform = torch.full_like(load_HE, 1.0 / load_HE.shape[-1])
             skew = nn.functional.kl_div(load_HE.log(), uniform, reduction="none").sum(-1).mean()
             loss = loss + settings.balance * skew
@@ -135,6 +172,17 @@ def distill_router(
         stage="route",
     )
     return DistilledRouter({k: v.detach() for k, v in router.state_dict().items()}, curve.losses)
+
+
+def _miss(logits_HTE: Tensor, target_HTE: Tensor, settings: RouteSettings) -> Tensor:
+    """Loss of each head and token, (H, T)."""
+    if settings.dynamic_k:
+        return nn.functional.binary_cross_entropy_with_logits(
+            logits_HTE, target_HTE, reduction="none"
+        ).sum(-1)
+    p = torch.softmax(target_HTE / settings.temperature, dim=-1)
+    log_q = torch.log_softmax(logits_HTE, dim=-1)
+    return nn.functional.kl_div(log_q, p, reduction="none").sum(-1)
 
 
 def new_router(config: FissileConfig, seed: int) -> Router:

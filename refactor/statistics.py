@@ -233,16 +233,21 @@ class NeuronStatistics:
         """E[h] over all tokens, (F,) float64."""
         return self.sum_NF.sum(0) / self._seen()
 
-    def mean_abs_NF(self) -> Tensor:
-        """E|h| of each domain, (N, F) float64: the statistic of Read-ME, section 3.1.
+    def domain_scores(self, kind: Score = "magnitude") -> Tensor:
+        """Importance of each neuron to each domain, (N, F) float64.
+
+        Args:
+            kind: see `score`; "magnitude" is the statistic of Read-ME, section 3.1. "rate" is not
+                counted by domain.
 
         Raises:
-            ValueError: a domain has no tokens.
+            ValueError: a domain has no tokens, or an unknown kind.
         """
         if not bool((self.tokens_N > 0).all()):
             missing = torch.nonzero(self.tokens_N == 0).flatten().tolist()
             raise ValueError(f"no calibration tokens of domain {missing[0]}")
-        return self.abs_NF / self.tokens_N[:, None]
+        sums = (self.sum_NF, self.abs_NF, self.square_NF)
+        return self._scored(kind, *(each_NF / self.tokens_N[:, None] for each_NF in sums))
 
     def score(self, kind: Score) -> Tensor:
         """Importance of each neuron, (F,) float64.
@@ -253,20 +258,23 @@ class NeuronStatistics:
                 "magnitude" E|h|; "rate" share of tokens among whose `top` neurons it is.
         """
         seen = self._seen()
-        energy_F = self.square_NF.sum(0) / seen
-        abs_F = self.abs_NF.sum(0) / seen
-        if kind == "fluctuation":
-            # Rounding can leave a constant neuron slightly below zero.
-            return (energy_F - self.mean_F().square()).clamp_min(0) * self.down_norm_F.square()
-        if kind == "energy":
-            return energy_F * self.down_norm_F.square()
-        if kind == "contribution":
-            return abs_F * self.down_norm_F
-        if kind == "magnitude":
-            return abs_F
         if kind == "rate":
             return self.active_F.double() / seen
-        raise ValueError(f"score {kind!r} is not one of {', '.join(get_args(Score))}")
+        sums = (self.sum_NF, self.abs_NF, self.square_NF)
+        return self._scored(kind, *(each_NF.sum(0) / seen for each_NF in sums))
+
+    def _scored(self, kind: Score, mean: Tensor, mean_abs: Tensor, mean_square: Tensor) -> Tensor:
+        """A score from E h, E|h| and E h^2, each (..., F)."""
+        if kind == "fluctuation":
+            # Rounding can leave a constant neuron slightly below zero.
+            return (mean_square - mean.square()).clamp_min(0) * self.down_norm_F.square()
+        if kind == "energy":
+            return mean_square * self.down_norm_F.square()
+        if kind == "contribution":
+            return mean_abs * self.down_norm_F
+        if kind == "magnitude":
+            return mean_abs
+        raise ValueError(f"score {kind!r} is not one of {', '.join(get_args(Score))} here")
 
     def features(self, *, of: Literal["signed", "magnitude"], centred: bool) -> Tensor:
         """Sketched token profiles of the neurons, for clustering.

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from fissile.io.units import UnitStore
 from fissile.refactor.workers import Workers
@@ -192,7 +192,7 @@ class Teacher:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Callable[..., Any],
         ids_NS: Tensor,
         *,
         top_k: int,

@@ -141,12 +141,19 @@ class _Repair:
             before = np.where(better, via, before)
         target = int(np.where(self.count < self.capacity, distance, np.inf).argmin())
         path = [target]
-        while before[path[-1]] >= 0:
-            path.append(int(before[path[-1]]))
+        while (last := int(before[path[-1]])) >= 0:
+            if last in path:  # a cycle of negative length, see `_augment`
+                return [*path[path.index(last) :], last][::-1]
+            path.append(last)
         return path[::-1]
 
     def _augment(self, path: list[int]) -> None:
-        """Move items along the path: as many as are tied for every edge's cheapest move."""
+        """Move items along the path: as many as are tied for every edge's cheapest move.
+
+        Where costs differ by no more than the tolerance, ties add up and can leave an assignment
+        that a cycle of moves makes cheaper. One item goes around it, and the search begins again.
+        """
+        cycle = path[0] == path[-1]
         room = min(
             self.count[path[0]] - self.capacity[path[0]],
             self.capacity[path[-1]] - self.count[path[-1]],
@@ -156,7 +163,9 @@ class _Repair:
             members = np.flatnonzero(self.labels == a)
             price = self.cost[members, b] - self.cost[members, a]
             tied = members[price <= self.move[a, b] + self.tolerance]
-            room = min(room, len(tied))
+            if cycle:
+                tied = members[price.argmin(keepdims=True)]
+            room = 1 if cycle else min(room, len(tied))
             chosen.append(tied)
         for tied, b in zip(chosen, path[1:], strict=True):
             self.labels[tied[:room]] = b

@@ -73,6 +73,19 @@ def test_clusters_of_different_sizes(kind: str) -> None:
         assert found == pytest.approx(exact(cost, sizes), rel=1e-9, abs=1e-9)
 
 
+def test_costs_below_the_tolerance_of_ties_end() -> None:
+    """Three items of large cost and many whose costs differ by about as much as rounding may."""
+    sizes = [7] * 7 + [71]
+    for seed in (0, 36):
+        cost = -1e-10 * np.exp(np.random.default_rng(seed).normal(size=(120, 8)))
+        cost[:3] *= 1e12
+        labels = balanced_assign(torch.from_numpy(cost), torch.tensor(sizes)).numpy()
+        assert np.bincount(labels).tolist() == sizes
+        found = cost[np.arange(120), labels]
+        assert found[:3].sum() == pytest.approx(cost[:3].min(1).sum(), rel=1e-9)
+        assert found.sum() == pytest.approx(exact(cost, sizes), rel=1e-12)
+
+
 def test_assignment_refuses_what_cannot_be_balanced() -> None:
     with pytest.raises(ValueError, match=r"cannot fill clusters of \[3, 3, 3\]"):
         balanced_assign(torch.zeros(10, 3), 3)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from fissile.refactor.router import choice_costs, oracle_targets
+from fissile.refactor.router import choice_costs, oracle_targets, threshold_targets
 
 L, T, E = 3, 50, 6
 
@@ -41,3 +43,31 @@ def test_a_layer_that_costs_nothing_has_no_say() -> None:
     # The temperature means the same whatever the weights.
     plain = oracle_targets(norms(), False)
     torch.testing.assert_close(common.square().mean(), plain.square().mean())
+
+
+def test_a_threshold_means_the_same_for_all_tokens() -> None:
+    """By hand: the costliest (token, expert) pairs of all tokens, none beyond a token's cap."""
+    prices = torch.tensor([1.0, 4.0, 0.25])
+    value = sum(math.sqrt(p) * n for p, n in zip(prices.tolist(), norms().double(), strict=True))
+    (found,) = threshold_targets(norms(), False, 2, E, prices)
+    count = 2 * T
+    best = value.flatten().topk(count).indices
+    assert torch.equal(found.flatten().nonzero().flatten(), best.sort().values)
+    assert len(found.sum(-1).unique()) > 2
+    (capped,) = threshold_targets(norms(), False, 2, 3, prices)
+    assert capped.sum(-1).max() == 3
+    assert capped.sum() == count
+    # Within a token a cap leaves the best.
+    kept = capped.sum(-1).long()
+    for t in range(T):
+        assert set(capped[t].nonzero().flatten().tolist()) == set(
+            value[t].topk(int(kept[t])).indices.tolist()
+        )
+
+
+def test_heads_have_a_threshold_each() -> None:
+    found = threshold_targets(norms(), True, 2, E)
+    assert found.shape == (L, T, E)
+    assert (found.sum((1, 2)) == 2 * T).all()
+    for own, n in zip(found.bool(), norms(), strict=True):
+        assert n[own].min() >= n[~own].max()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fissile.refactor.statistics import (
     NeuronStatistics,
+    Score,
     column_norms,
     count_largest,
     token_signs,
@@ -53,7 +54,17 @@ def test_sums_per_domain(h_TF: Tensor, domain_T: Tensor, down_DF: Tensor) -> Non
     for n in range(N):
         rows = h[labels == n]
         assert int(stats.tokens_N[n]) == len(rows)
-        np.testing.assert_allclose(stats.mean_abs_NF()[n], np.abs(rows).mean(0), rtol=1e-12)
+        size = np.abs(rows).mean(0)
+        weight = np.linalg.norm(down_DF.double().numpy(), axis=0)
+        by_hand: dict[Score, np.ndarray] = {
+            "magnitude": size,
+            "contribution": size * weight,
+            "energy": (rows**2).mean(0) * weight**2,
+            "fluctuation": rows.var(0) * weight**2,
+        }
+        for kind, wanted in by_hand.items():
+            np.testing.assert_allclose(stats.domain_scores(kind)[n], wanted, rtol=1e-5)
+        np.testing.assert_allclose(stats.domain_scores()[n], size, rtol=1e-12)
         np.testing.assert_allclose(stats.sum_NF[n], rows.sum(0), rtol=1e-9)
         np.testing.assert_allclose(stats.square_NF[n], (rows**2).sum(0), rtol=1e-12)
     np.testing.assert_allclose(stats.mean_F(), h.mean(0), rtol=1e-12)
@@ -146,7 +157,9 @@ def test_bad_input(h_TF: Tensor, domain_T: Tensor, down_DF: Tensor) -> None:
         stats.add(h_TF.index_fill(0, torch.tensor([4]), torch.nan), domain_T, torch.arange(T))
     stats = gather(h_TF, domain_T.clamp_max(1), down_DF)
     with pytest.raises(ValueError, match="no calibration tokens of domain 2"):
-        stats.mean_abs_NF()
+        stats.domain_scores()
+    with pytest.raises(ValueError, match="'rate' is not"):
+        gather(h_TF, domain_T, down_DF).domain_scores("rate")
 
 
 def test_equal_values_are_counted_only_as_far_as_there_is_room() -> None:

@@ -29,6 +29,8 @@ NAMES = {
     "dynamic": "ridge, varying k",
     "static_uniform": "static, layers alike",
     "per_layer": "pre-gating, per layer",
+    "per_layer_dynamic": "per layer, varying k",
+    "pregate_dynamic": "pre-gating, varying k",
     "pregate": "pre-gating",
     "readme": "Read-ME",
     "rtn": "RTN",

@@ -29,6 +29,9 @@ class ExpertsBench(Strict):
     seeds: tuple[int, ...] = Field((0, 1, 2), description="of calibration text and all else")
     folder: str = Field("runs/experts", description="run folders, one a seed; kept and resumed")
     change: tuple[str, ...] = Field((), description="KEY=VALUE items over the recipe")
+    later: tuple[str, ...] = Field(
+        (), description="more such items for all seeds but 0, e.g. fewer controls"
+    )
 
 
 def run(settings: ExpertsBench, progress: Progress) -> dict[str, Any]:
@@ -59,7 +62,8 @@ def run(settings: ExpertsBench, progress: Progress) -> dict[str, Any]:
     recipe = load_recipe(path, items)
     for seed in settings.seeds:
         out = Path(settings.folder) / f"seed_{seed}"
-        seeded = load_recipe(path, [*items, f"seed={seed}"])
+        own = [*items, f"seed={seed}", *(settings.later if seed else ())]
+        seeded = load_recipe(path, own)
         resume = (out / "recipe.yaml").exists()
         run_recipe(seeded, settings.models[0], out, resume=resume, progress=progress)
         found.append(read_metrics(out / "metrics.json"))
@@ -71,6 +75,7 @@ def run(settings: ExpertsBench, progress: Progress) -> dict[str, Any]:
             text[section] = sha256_files([Path(file)])
     return {
         "recipe": told,
+        "later": list(settings.later),
         "seeds": list(settings.seeds),
         "dense": dense,
         "rows": gap_rows(found),
@@ -99,16 +104,24 @@ def gap_rows(found: list[Metrics]) -> list[dict[str, Any]]:
         found: metrics of the runs.
     """
     gaps: dict[tuple[str, float, str], list[dict[str, float]]] = defaultdict(list)
+    active: dict[tuple[str, float, str], list[float | None]] = defaultdict(list)
     for metrics in found:
         if metrics.dense is None:
             continue
         for v in metrics.variants:
             gaps[v.name, v.share, v.recovery].append(_by_domain(v, metrics.dense))
+            active[v.name, v.share, v.recovery].append(v.measured_share)
     means = {
         key: [statistics.fmean(domains.values()) for domains in seeds]
         for key, seeds in gaps.items()
     }
-    return [_row(key, seeds, means) for key, seeds in gaps.items()]
+    return [_row(key, seeds, means) | _active(active[key]) for key, seeds in gaps.items()]
+
+
+def _active(shares: list[float | None]) -> dict[str, Any]:
+    """Share of FFN neurons that was computed on the held-out text, mean over seeds."""
+    known = [share for share in shares if share is not None]
+    return {"measured_share": statistics.fmean(known)} if known else {}
 
 
 def _by_domain(score: Score, dense: Score) -> dict[str, float]:

@@ -23,7 +23,7 @@ from fissile.run.speed import (
 )
 
 _RECOVERIES = ("trained", "refit", "none")
-_ROUTED = ("pregate", "per_layer", "ridge")
+_ROUTED = ("pregate", "pregate_dynamic", "per_layer", "per_layer_dynamic", "ridge", "dynamic")
 _TIE = 5.0
 """Percent of perplexity by which a tie may be worse at two standard errors."""
 _REGIMES = (

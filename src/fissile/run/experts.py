@@ -35,6 +35,7 @@ from fissile.refactor.router import (
     distill_router,
     oracle_targets,
     router_logits,
+    threshold_targets,
 )
 from fissile.refactor.sample import pick_windows
 from fissile.refactor.statistics import NeuronStatistics
@@ -259,7 +260,11 @@ def _pregated(
         else:
             measured = stored_weights(expert_store) if settings.sensitivity else []
             weights_L = torch.tensor(measured) if any(measured) else None
-            targets = oracle_targets(norms_LTE, settings.per_layer, weights_L)
+            if settings.dynamic_k:
+                most = choice_routing(recipe)["max_k"]
+                targets = threshold_targets(norms_LTE, settings.per_layer, top_k, most, weights_L)
+            else:
+                targets = oracle_targets(norms_LTE, settings.per_layer, weights_L)
             if settings.per_layer and weights_L is not None:
                 common["weights_H"] = choice_costs(norms_LTE, weights_L)
             trained = distill_router(given.dense, config, ids_NS, targets, settings, **common)

@@ -201,9 +201,13 @@ def extract_layer(
 
 
 def _domain_layer(stats: NeuronStatistics, settings: Extract) -> MembershipPartition:
-    """Read-ME's overlapping experts: the neurons of largest mean magnitude in each domain."""
+    """Read-ME's overlapping experts: the neurons that matter most to each domain.
+
+    By Read-ME's own score, mean magnitude, unless the recipe names one.
+    """
     kept = _kept(len(stats.down_norm_F), settings)
-    return membership_partition(domain_masks(stats.mean_abs_NF(), kept))
+    kind: Score = "magnitude" if settings.score == "auto" else settings.score
+    return membership_partition(domain_masks(stats.domain_scores(kind), kept))
 
 
 def _kept(width: int, settings: Extract) -> int:

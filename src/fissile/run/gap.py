@@ -16,8 +16,10 @@ Base = Literal["static", "cmoe"]
 _ERRORS = 2.0
 OWN_ORACLE = {
     "pregate": "oracle",
+    "pregate_dynamic": "oracle",
     "token": "oracle",
     "per_layer": "oracle_per_layer",
+    "per_layer_dynamic": "oracle_per_layer",
     "ridge": "oracle_layerwise",
     "mean_gate": "oracle_layerwise",
     "spectral": "oracle_layerwise",

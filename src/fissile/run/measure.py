@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fissile import models
 from fissile.config import Control
@@ -18,16 +17,18 @@ from fissile.eval.perplexity import HeldOut, measure, prepare
 from fissile.eval.tokens import load_tokenizer
 from fissile.families.artifact import float_shapes
 from fissile.kernels.layout import loaded_bytes
-from fissile.models.source import MemorySource, load_source
+from fissile.models.source import load_source
 from fissile.models.stream import StateSource
-from fissile.quant.layers import QuantizedLayer, read_layer
+from fissile.quant.layers import QuantizedLayer, final_layer, read_layer
+from fissile.quant.solvers import Solver
 from fissile.refactor.controls import fixed_choice, install_control
 from fissile.refactor.convert import ConvertedSource
 from fissile.refactor.recover import train_to_teacher
 from fissile.refactor.refit import RefitLayer
+from fissile.run.active import counting_active
 from fissile.run.answers import Answers
 from fissile.run.context import RunContext
-from fissile.run.nesting import baseline_solver, nested_solver
+from fissile.run.nesting import baseline_solver, decoded, nested_solver
 from fissile.run.stages import Stages
 from fissile.run.systems import OVERRIDES, UNRECOVERED, as_control, router_name
 from fissile.run.together import earlier_norms
@@ -153,7 +154,10 @@ class Measurements:
                 norms=earlier_norms(self.recipe),
                 progress=self.context.tick,
             ).model
-        return self._score(model)
+        sizes, width = source.routing["shared_sizes"], self.context.source.config.intermediate_size
+        with counting_active(model) as active:
+            score = self._score(model)
+        return score | {"measured_share": active.share(sum(sizes), len(sizes) * width)}
 
     def _domain_expert(self, share: float, expert: int) -> dict[str, Any]:
         """Read-ME's model with every token in one expert (section 1 of its tests)."""
@@ -176,17 +180,46 @@ class Measurements:
     def _baseline(self, kind: Any, bits: int) -> dict[str, Any]:
         solver = baseline_solver(kind, bits, self.recipe.quantize, self.recipe.seed)
         source = self.stages.recovered
-        layers = self.stages.run_solver(source, solver, f"controls/{kind}.{bits}")
+        unit = f"controls/{kind}.{bits}"
+        layers = self._solved(source, solver, unit, tune=kind == "dedicated")
         return self._score(load_source(decoded(source, layers)))
+
+    def _solved(
+        self, source: StateSource, solver: Solver, unit: str, *, tune: bool
+    ) -> Iterator[QuantizedLayer]:
+        """Layers of another quantized model, tuned where the recipe's own are."""
+        layers = self.stages.run_solver(source, solver, unit)
+        if not (tune and self.recipe.quantize.tune.steps):
+            yield from layers
+            return
+        count = sum(1 for _ in layers)
+        self.stages.tuned(source, unit)
+        for i in range(count):
+            yield final_layer(self.context.journal.store(unit), i)
 
     def _quantized_dense(self, bits: int) -> dict[str, Any]:
         """The control of the whole idea: the dense model, merely quantized."""
         source = self.context.source
         solver = nested_solver(self.recipe.quantize, self.recipe.seed)
-        layers = self.stages.run_solver(source, solver, "controls/quantized_dense")
+        unit = "controls/quantized_dense"
+        layers = self._solved(source, solver, unit, tune=True)
         return self._score(load_source(decoded(source, layers, bits)))
 
     # -- assembling ------------------------------------------------------------------------------
+
+    def _own(self) -> dict[str, Any]:
+        """What the recipe's own model is among the variants."""
+        recover = self.recipe.recover
+        done = "trained" if recover.trains else "refit" if recover.refit else "none"
+        share = self.recipe.extract.active_share
+        return {"name": router_name(self.recipe), "share": share, "recovery": done, "bits": None}
+
+    @property
+    def _own_is_control(self) -> bool:
+        """Whether a control with less training or none is the recipe's own model."""
+        own, evaluate = self._own(), self.recipe.evaluate
+        controls, shares = evaluate.controls, evaluate.shares
+        return own["name"] in controls and own["share"] in shares and not self.recipe.recover.trains
 
     def _assemble(self, scores: dict[str, Any]) -> dict[str, Any]:
         variants, widths = [], []
@@ -199,16 +232,8 @@ class Measurements:
                 row = {"name": name, "share": float(share), "recovery": recovery, "bits": None}
                 variants.append(row | score)
             elif key == "converted":
-                trained = self.recipe.recover.trains
-                kind = self.recipe.route.kind
-                row = {
-                    "name": {"layerwise": "ridge"}.get(kind, kind),
-                    "share": self.recipe.extract.active_share,
-                    "recovery": "trained" if trained else "refit",
-                    "bits": None,
-                }
-                if trained:
-                    variants.append(row | score)
+                if not self._own_is_control:
+                    variants.append(self._own() | score)
                 widths.append({"method": "float", "bits": None, **self._size(None)} | score)
             else:
                 of = "dense" if name == "quantized_dense" else "converted"
@@ -273,14 +298,3 @@ class Measurements:
             weights += count
         per_weight = 8 * packed / weights if weights else 16.0
         return {"bytes": total + packed, "bits_per_weight": per_weight}
-
-
-def decoded(
-    source: StateSource, layers: Iterator[QuantizedLayer], bits: int | None = None
-) -> MemorySource:
-    """A quantized model as float weights, at `bits` or the widest width that was solved."""
-    state: dict[str, Tensor] = dict(source.outer_state())
-    for i, layer in enumerate(layers):
-        own = layer.kept | {name: layer.decode(name, bits) for name in layer.groups}
-        state |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
-    return MemorySource(source.config, state)

@@ -76,6 +76,9 @@ class Variant(Score):
 
     name: Model
     share: float = Field(description="share of FFN neurons computed for a token")
+    measured_share: float | None = Field(
+        None, description="the same, counted on the held-out text; None where nothing is chosen"
+    )
     recovery: Recovery = "none"
     bits: int | None = None
     bytes: int | None = Field(None, description="of the weights")

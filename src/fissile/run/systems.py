@@ -14,17 +14,21 @@ OVERRIDES = {
 }
 """Controls that replace a router's choices, and by what."""
 
+_PREGATE: dict[str, Any] = {"kind": "pregate", "per_layer": False, "block": "attention"}
+_HEADS = _PREGATE | {"per_layer": True}
 _ROUTES: dict[str, dict[str, Any]] = {
     "ridge": {"kind": "layerwise", "selector": "ridge"},
     "mean_gate": {"kind": "layerwise", "selector": "mean_gate"},
     "spectral": {"kind": "layerwise", "selector": "spectral"},
     "dynamic": {"kind": "layerwise", "selector": "ridge", "dynamic_k": True},
-    "pregate": {"kind": "pregate", "per_layer": False, "block": "attention"},
-    "per_layer": {"kind": "pregate", "per_layer": True, "block": "attention"},
-    "token": {"kind": "pregate", "per_layer": False, "block": "token"},
-    "oracle_per_layer": {"kind": "pregate", "per_layer": True, "block": "attention"},
+    "pregate": _PREGATE,
+    "pregate_dynamic": _PREGATE | {"dynamic_k": True},
+    "per_layer": _HEADS,
+    "per_layer_dynamic": _HEADS | {"dynamic_k": True},
+    "token": _PREGATE | {"block": "token"},
+    "oracle_per_layer": _HEADS,
     "oracle_layerwise": {"kind": "layerwise", "selector": "ridge"},
-    "readme": {"kind": "pregate", "per_layer": False, "block": "readme"},
+    "readme": _PREGATE | {"block": "readme"},
     "cmoe": {"kind": "layerwise"},
     "expertweaver": {"kind": "layerwise"},
     "emoe": {"kind": "layerwise"},
@@ -73,8 +77,10 @@ def router_name(recipe: Recipe) -> str:
     """Which control a recipe's own router is."""
     route = recipe.route
     if route.kind == "pregate":
-        named = {"attention": "per_layer" if route.per_layer else "pregate"}
-        return named.get(route.block, route.block)
+        if route.block != "attention":
+            return route.block
+        name = "per_layer" if route.per_layer else "pregate"
+        return f"{name}_dynamic" if route.dynamic_k else name
     if route.kind == "layerwise":
         return "dynamic" if route.dynamic_k and route.selector == "ridge" else route.selector
     return "static"

@@ -60,7 +60,9 @@ def _methods(blue: str, sky: str, green: str, red: str, grey: str, pink: str) ->
 def _others(navy: str, teal: str, gold: str, violet: str, brown: str, wine: str) -> dict[str, str]:
     """Variants of a kind share its colour and differ by marker."""
     return {
+        "pregate_dynamic": gold,
         "per_layer": navy,
+        "per_layer_dynamic": navy,
         "token": navy,
         "oracle_layerwise": teal,
         "oracle_per_layer": teal,
@@ -108,7 +110,9 @@ MARKERS = {
     "random": "v",
     "rtn": "v",
     "all_experts": "P",
+    "pregate_dynamic": "^",
     "per_layer": "s",
+    "per_layer_dynamic": "^",
     "token": "v",
     "oracle_layerwise": "^",
     "oracle_per_layer": "v",
