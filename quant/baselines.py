@@ -59,7 +59,8 @@ def gptq(
         ValueError: shapes, `bits` or values that do not fit.
     """
     scale, zero = _grid(weight, bits, group_size)
-    metric, weight_BIO = _prepared(weight, hessian, group_size, damp)
+    metric, weight_BOI = prepared(weight, hessian, group_size, damp)
+    weight_BIO = visited(weight_BOI, metric)
     levels = Levels.build((bits,), {bits: 1.0}, weight.device)
     centred = zero + scale * ((1 << bits) - 1) / 2
     scale_BGWO, zero_BGWO = (
@@ -100,7 +101,8 @@ def gptaq(
         ValueError: shapes, `bits` or values that do not fit.
     """
     scale, zero = _grid(weight, bits, group_size)
-    metric, working_BIO = _prepared(weight, hessian, group_size, damp)
+    metric, weight_BOI = prepared(weight, hessian, group_size, damp)
+    working_BIO = visited(weight_BOI, metric)
     identity = torch.eye(weight.shape[-1], dtype=torch.float64, device=weight.device)
     unit_BII = metric.feedback_BII.double() + identity
     upper_BII = torch.linalg.solve_triangular(unit_BII, identity.expand_as(unit_BII), upper=True)
@@ -129,15 +131,23 @@ def gptaq(
     return assemble(codes, scale, zero, bits, weight, hessian)
 
 
-def _prepared(
+def prepared(
     weight: Tensor, hessian: Tensor, group_size: int, damp: float
 ) -> tuple[Metric, Tensor]:
-    """Metric, and the weight as (B, I, O) with columns in visiting order."""
+    """Metric, and the weight as float32 (B, O, I).
+
+    Raises:
+        ValueError: the shapes do not fit, or the Hessian is not positive semi-definite.
+    """
     if hessian.shape != (*weight.shape[:-2], weight.shape[-1], weight.shape[-1]):
         raise ValueError(f"weight {tuple(weight.shape)}, hessian {tuple(hessian.shape)}: no fit")
     metric = prepare(hessian.reshape(-1, *hessian.shape[-2:]), group_size, damp)
-    weight_BOI = weight.reshape(-1, *weight.shape[-2:]).float()
-    return metric, take(weight_BOI.transpose(1, 2).contiguous(), metric.order_BI)
+    return metric, weight.reshape(-1, *weight.shape[-2:]).float()
+
+
+def visited(weight_BOI: Tensor, metric: Metric) -> Tensor:
+    """The weight as (B, I, O) with columns in visiting order."""
+    return take(weight_BOI.transpose(1, 2).contiguous(), metric.order_BI)
 
 
 def _grid(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from fissile.config import BlockStage
 from fissile.models.routers_fissile import Route
 from fissile.quant.nested import NestedWeight
 from fissile.quant.soft import SoftFloats
+from fissile.quant.spill import Windows
 
 _HELD_OUT = 8
 """One window in so many judges the outcome and is not trained on."""
@@ -36,14 +37,14 @@ class BlockData:
 
     Attributes:
         streams: width to the residual stream (N, S, D) that enters the quantized block.
-        target_NSD: what shall leave it.
+        target_NSD: what shall leave it, likewise.
         route: windows (int64 indices) to the pre-gating router's decision for them.
         context: a stream to masks and rotary embeddings.
         weights: width to the weight of its loss.
     """
 
-    streams: Mapping[int, Tensor]
-    target_NSD: Tensor
+    streams: Mapping[int, Windows]
+    target_NSD: Windows
     route: Callable[[Tensor], Route | None]
     context: Callable[[Tensor], dict[str, Any]]
     weights: Mapping[int, float]
@@ -62,6 +63,7 @@ class BlockTrainer:
         data: what goes in and what shall come out.
         settings: of the recipe.
         seed: of the order of windows.
+        moving: widths whose scales and zeros are trained; all without it.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class BlockTrainer:
         data: BlockData,
         settings: BlockStage,
         seed: int,
+        moving: tuple[int, ...] | None = None,
     ) -> None:
         self._layer, self._data, self._settings = layer, data, settings
+        self._moved_widths = moving
         own = dict(layer.named_parameters())
         self._floats = {name: own[name].detach().float().clone() for name in names}
         self._norms = {
@@ -90,13 +94,13 @@ class BlockTrainer:
         self.curve: list[tuple[dict[int, float], dict[int, float]]] = []
 
     def fix(self, name: str, nested: NestedWeight) -> None:
-        """From now on the integers of this weight stay; only its scales and zeros move."""
+        """From now on the integers of this weight stay; only its scales and zeros may move."""
         del self._floats[name]
-        self._soft[name] = SoftFloats(nested)
+        self._soft[name] = SoftFloats(nested, self._moved_widths)
 
     def free(self) -> dict[str, Tensor]:
-        """Weights that are still floats, and norms, float32."""
-        return {name: x.detach().clone() for name, x in (self._floats | self._norms).items()}
+        """Weights that are still floats, and norms, float32; not copied."""
+        return {name: x.detach() for name, x in (self._floats | self._norms).items()}
 
     def finish(self) -> dict[str, NestedWeight]:
         """What has been fixed, with its floats of now."""
@@ -117,7 +121,10 @@ class BlockTrainer:
             optimizer.zero_grad()
             windows = next(batches)
             for bits, weight in self._data.weights.items():
-                (weight * self._error(bits, windows)).backward()
+                error = weight * self._error(bits, windows)
+                # A width may have nothing left that moves.
+                if error.requires_grad:
+                    error.backward()
             optimizer.step()
         after = self._held_out_error()
         if not self._total(after) < self._total(before):

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from fissile.kernels import layout
 from fissile.quant.alternate import State
-from fissile.quant.baselines import assemble
+from fissile.quant.baselines import assemble, prepared, visited
 from fissile.quant.floats import loss_rows, refit
 from fissile.quant.integers import Floats, Levels, start
-from fissile.quant.metric import Metric, prepare, take
+from fissile.quant.metric import Metric, take
 from fissile.quant.nested import NestedWeight
 from fissile.quant.ranges import half_steps, round_floats
 
@@ -80,10 +80,7 @@ def decoupleq(
     """
     layout.check_bits(bits, layout.NESTED)
     layout.check_shape(weight.shape[-1], group_size)
-    if hessian.shape != (*weight.shape[:-2], weight.shape[-1], weight.shape[-1]):
-        raise ValueError(f"weight {tuple(weight.shape)}, hessian {tuple(hessian.shape)}: no fit")
-    weight_BOI = weight.reshape(-1, *weight.shape[-2:]).float()
-    metric = prepare(hessian.reshape(-1, *hessian.shape[-2:]), group_size, damp)
+    metric, weight_BOI = prepared(weight, hessian, group_size, damp)
     levels = Levels.build((bits,), {bits: 1.0}, weight.device)
     work = _Alternation(weight_BOI, metric, levels, approximation, first_level or FirstLevel())
     state, history = work.run(alternations)
@@ -109,7 +106,7 @@ class _Alternation:
         first_level: FirstLevel,
     ) -> None:
         self.weight_BOI, self.metric, self.levels = weight_BOI, metric, levels
-        self.weight_BIO = take(weight_BOI.transpose(1, 2).contiguous(), metric.order_BI)
+        self.weight_BIO = visited(weight_BOI, metric)
         self.approximation, self.first_level = approximation, first_level
         grouped = weight_BOI.unflatten(2, (-1, metric.group_size))
         # The range of a group includes zero, as in the reference.

@@ -115,7 +115,8 @@ class Moments:
 
     def __init__(self, dim: int, batch: tuple[int, ...] = (), *, drift: bool) -> None:
         self._hessian = HessianAccumulator(dim, batch)
-        self._drift = HessianAccumulator(dim, batch) if drift else None
+        # It enters the targets by a share: single precision is plenty.
+        self._drift = HessianAccumulator(dim, batch, dtype=torch.float32) if drift else None
 
     def add(self, x_TD: Tensor, y_TD: Tensor | None, index: Tensor | None = None) -> None:
         """Add tokens: x of the quantized model, y of the float model, as `HessianAccumulator`."""
@@ -126,8 +127,9 @@ class Moments:
 
     def finish(self) -> Measured:
         """Mean Hessian, mean drift (None without) and tokens."""
+        hessian, tokens = self._hessian.finish()
         drift = None if self._drift is None else self._drift.finish()[0]
-        return self._hessian.finish()[0], drift, self._hessian.finish()[1]
+        return hessian, drift, tokens
 
 
 def shrunk(routed: Measured, wide: Measured) -> Measured:

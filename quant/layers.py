@@ -21,6 +21,7 @@ from fissile.models.modeling_fissile import FissileDecoderLayer
 from fissile.models.modules_fissile import FissileExperts, GatedMLP
 from fissile.models.stream import StreamedModel
 from fissile.quant.blocks import BlockData, BlockTrainer
+from fissile.quant.nested import NestedWeight
 from fissile.quant.sensitivity import sensitivity, sharing
 from fissile.quant.solvers import Solver
 from fissile.quant.streams import Streams
@@ -55,6 +56,12 @@ class QuantizedLayer:
     block: list[list[dict[int, float]]] = field(default_factory=list)
     sensitivity: dict[str, dict[int, float]] = field(default_factory=dict)
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths that are stored."""
+        found = {name.rpartition(".theta_")[2] for name in self.parts if ".theta_" in name}
+        return tuple(sorted(map(int, found)))
+
     def record(self) -> dict[str, Any]:
         """The part that is stored as JSON."""
         return {
@@ -69,6 +76,12 @@ class QuantizedLayer:
     def decode(self, name: str, bits: int | None = None) -> Tensor:
         """Float32 weight `name` at `bits`, or at the widest width stored."""
         return decode(self.parts, name, bits, self.companding.get(name, 1.0))
+
+    def nested(self, name: str) -> NestedWeight:
+        """Weight `name` as codes and floats."""
+        prefix, companding = f"{name}.", self.companding.get(name, 1.0)
+        own = {k.removeprefix(prefix): v for k, v in self.parts.items() if k.startswith(prefix)}
+        return NestedWeight.from_parts(own, self.groups[name], companding)
 
 
 def quantize_model(
@@ -99,7 +112,7 @@ def quantize_model(
     beside = solver.drift or trains or solver.sensitivity
     # Without targets from the float model all widths calibrate on the widest one's path.
     widths = solver.widths if beside else solver.widths[-1:]
-    streams = Streams(model, ids_NS, widths, batch_tokens, floats=beside)
+    streams = Streams(model, ids_NS, widths, batch_tokens, floats=beside, folder=store.folder)
     for i in range(model.num_layers):
         needed = beside or solver.residual
         layer, reference = model.layer(i), model.layer(i) if needed else None
@@ -110,15 +123,17 @@ def quantize_model(
             trainer = None
             if trains and solver.block is not None and reference is not None:
                 data = _block_data(streams, reference, i, solver)
-                trainer = BlockTrainer(layer, names, data, solver.block, solver.seed + i)
+                args = (solver.block, solver.seed + i, solver.moving)
+                trainer = BlockTrainer(layer, names, data, *args)
             worker = LayerWorker(layer, i, reference, streams, solver, group_size, trainer)
             groups = model.config.backbone["attention"] if attention else []
             result = _packed(worker.quantize(groups), layer, trainer)
             if solver.sensitivity and reference is not None:
                 shared = sharing(list(result.groups), model.config.backbone["attention"])
                 widths_of = (*solver.widths, *solver.residual)
-                args = (widths_of, result.decode, streams, i)
-                result.sensitivity = sensitivity(reference, shared, *args)
+                result.sensitivity = sensitivity(
+                    reference, shared, widths_of, result.decode, streams, i
+                )
             parts = {f"parts.{k}": v for k, v in result.parts.items()}
             kept = {f"kept.{k}": v for k, v in result.kept.items()}
             store.save(unit, {**parts, **kept}, result.record())
@@ -152,7 +167,7 @@ def _block_data(
 ) -> BlockData:
     """What the block stage trains on: every width's stream, the float model's output."""
     assert streams.float_NSD is not None
-    target_NSD = torch.empty_like(streams.float_NSD)
+    target_NSD = streams.empty()
     for part, (x, route) in zip(streams.slices, streams.batches(None, layer_idx), strict=True):
         target_NSD[part] = reference(x, route, streams.context(x))
     weights = {bits: 4.0**bits * solver.omega.get(bits, 1.0) for bits in solver.widths}
@@ -200,6 +215,20 @@ def _advance(
         streams.advance(layer, bits, layer_idx)
     if reference is not None and streams.float_NSD is not None:
         streams.advance(reference, None, layer_idx)
+
+
+def tuned_unit(layer_idx: int) -> str:
+    """Unit of a store that holds what of a layer has changed since it was solved."""
+    return f"tuned_{layer_idx:03d}"
+
+
+def final_layer(store: UnitStore, layer_idx: int) -> QuantizedLayer:
+    """A layer as it goes into the artifact: as solved, with floats that were tuned since."""
+    result = read_layer(store, layer_idx)
+    if store.has(unit := tuned_unit(layer_idx)):
+        for name, tensor in store.load(unit)[0].items():
+            (result.parts if name in result.parts else result.kept)[name] = tensor
+    return result
 
 
 def read_layer(store: UnitStore, layer_idx: int) -> QuantizedLayer:

@@ -6,7 +6,7 @@ dimensions, usually none or the experts of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -70,6 +70,33 @@ class NestedWeight:
             packed[f"theta_{bits}"] = layout.encode_theta(self.scale[bits], self.zero[bits])
         return {name: packed[name] for name in layout.stored_names(self.widths)}
 
+    @classmethod
+    def from_parts(
+        cls, parts: Mapping[str, Tensor], group_size: int, companding: float = 1.0
+    ) -> NestedWeight:
+        """Undo `parts`.
+
+        Raises:
+            ValueError: a part is missing.
+        """
+        thetas = {k.removeprefix("theta_"): v for k, v in parts.items() if k.startswith("theta_")}
+        floats = {int(k): layout.decode_theta(v) for k, v in thetas.items()}
+        widths = tuple(sorted(floats))
+        most = max(k for k in widths if k <= layout.STORED_BITS)
+        codes = layout.unpack(parts, most) << (layout.STORED_BITS - most)
+        residual = None
+        if widths[-1] > layout.STORED_BITS:
+            residual = layout.unpack_residual(parts, widths[-1]) << (8 - widths[-1])
+        return cls(
+            codes,
+            {k: scale for k, (scale, _) in floats.items()},
+            {k: zero for k, (_, zero) in floats.items()},
+            widths,
+            group_size,
+            companding=companding,
+            residual=residual,
+        )
+
     def split(self, rows: Sequence[int]) -> list[NestedWeight]:
         """Pieces of so many output rows each, in order."""
         pieces, begin = [], 0
@@ -77,10 +104,6 @@ class NestedWeight:
             pieces.append(self._each(partial(_rows, part=slice(begin, begin + count))))
             begin += count
         return pieces
-
-    def layer(self, index: int) -> NestedWeight:
-        """One layer (expert) of a stack."""
-        return self._each(lambda x: x[index])
 
     def _each(self, cut: Callable[[Tensor], Tensor]) -> NestedWeight:
         """The same function of codes, scales and zeros; what the solver recorded is dropped."""
@@ -93,11 +116,6 @@ class NestedWeight:
             loss={},
             history=torch.empty(0),
         )
-
-
-def stacked(parts: Sequence[NestedWeight]) -> NestedWeight:
-    """A stack of weights of one layer (expert) each, with the same widths and table."""
-    return joined([part._each(lambda x: x[None]) for part in parts], dim=0)
 
 
 def joined(parts: Sequence[NestedWeight], dim: int) -> NestedWeight:

@@ -1,14 +1,17 @@
 """Scales and zeros that gradients can move: the differentiable form of a nested weight.
 
-Shapes: O output rows, I inputs, G groups; "..." leading dimensions (experts).
+Shapes: O output rows, I inputs, G groups, g inputs a group, Q codes; "..." leading dimensions
+(experts).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fissile.kernels import layout
 from fissile.quant.integers import Levels
@@ -16,51 +19,89 @@ from fissile.quant.nested import NestedWeight
 
 
 class SoftFloats:
-    """The scales and zeros of all widths of one weight (or stack) in training; codes stay.
+    """The scales and zeros of a weight (or stack) in training; codes stay.
 
     Attributes:
-        scale: by width, float32 (..., O, G), change of the scales in units of the starting ones.
+        scale: by moving width, float32 (..., O, G), change of the scales in units of the starting
+            ones.
         zero: likewise of the zeros of centred codes, in units of the starting scales.
 
     Args:
         nested: codes, and floats to start from.
+        moving: widths whose floats move; all without it.
     """
 
-    def __init__(self, nested: NestedWeight) -> None:
+    def __init__(self, nested: NestedWeight, moving: Collection[int] | None = None) -> None:
         self.nested = nested
-        ones = dict.fromkeys(nested.widths, 1.0)
-        levels = Levels.build(nested.widths, ones, nested.codes.device, nested.companding)
-        self._values, self._half = {}, {}
-        codes = (nested.codes >> (layout.STORED_BITS - nested.widths[-1])).int()
-        for w, width in enumerate(nested.widths):
-            self._half[width] = -float(levels.value_WQ[w, 0])
-            value = levels.value_WQ[w].index_select(0, codes.flatten()).view_as(codes)
-            self._values[width] = value.unflatten(-1, (-1, nested.group_size))
-        zeros = {k: torch.zeros_like(nested.scale[k]) for k in nested.widths}
-        self.scale = {k: x.clone().requires_grad_() for k, x in zeros.items()}
-        self.zero = {k: x.requires_grad_() for k, x in zeros.items()}
+        widths = tuple(k for k in nested.widths if k <= layout.STORED_BITS)
+        ones = dict.fromkeys(widths, 1.0)
+        levels = Levels.build(widths, ones, nested.codes.device, nested.companding)
+        self._shift = layout.STORED_BITS - widths[-1]
+        self._value = dict(zip(widths, levels.value_WQ, strict=True))
+        moved = [k for k in widths if moving is None or k in moving]
+        zeros = {k: torch.zeros_like(nested.scale[k]) for k in moved}
+        self.scale = {k: nn.Parameter(x.clone()) for k, x in zeros.items()}
+        self.zero = {k: nn.Parameter(x) for k, x in zeros.items()}
 
-    def parameters(self) -> list[Tensor]:
-        """All scales and zeros."""
+    def parameters(self) -> list[nn.Parameter]:
+        """All scales and zeros that move."""
         return [*self.scale.values(), *self.zero.values()]
+
+    def _half(self, bits: int) -> float:
+        return -float(self._value[bits][0])
 
     def _affine(self, bits: int) -> tuple[Tensor, Tensor]:
         """Current scale and zero of the centred code, (..., O, G)."""
         start = self.nested.scale[bits]
-        centred = self.nested.zero[bits] + start * self._half[bits]
+        centred = self.nested.zero[bits] + start * self._half(bits)
+        if bits not in self.scale:
+            return start, centred
         return start * (1 + self.scale[bits]), centred + start * self.zero[bits]
 
     def dense(self, bits: int) -> Tensor:
         """Weights at one width, float32 (..., O, I), differentiable."""
         scale, zero = self._affine(bits)
-        return torch.addcmul(zero[..., None], self._values[bits], scale[..., None]).flatten(-2)
+        dense: Tensor = _Decoded.apply(
+            scale, zero, self.nested.codes, self._value[bits], self._shift
+        )
+        return dense
+
+    @torch.no_grad()
+    def revert(self, bits: int) -> None:
+        """Give one width its starting floats again."""
+        self.scale[bits].zero_()
+        self.zero[bits].zero_()
 
     @torch.no_grad()
     def finish(self) -> NestedWeight:
         """What is stored: floats rounded to float16, scales not negative."""
-        scales, zeros = {}, {}
-        for width in self.nested.widths:
+        scales, zeros = dict(self.nested.scale), dict(self.nested.zero)
+        for width in self.scale:
             scale, zero = self._affine(width)
             scales[width] = scale.clamp(min=0).half().float()
-            zeros[width] = (zero - scales[width] * self._half[width]).half().float()
+            zeros[width] = (zero - scales[width] * self._half(width)).half().float()
         return replace(self.nested, scale=scales, zero=zeros)
+
+
+class _Decoded(torch.autograd.Function):
+    """scale * value[code] + zero a group; keeps the codes for the gradient, a byte a weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scale: Tensor, zero: Tensor, codes: Tensor, value_Q: Tensor, shift: int
+    ) -> Tensor:
+        ctx.save_for_backward(codes, value_Q)
+        ctx.shift, ctx.groups = shift, scale.shape[-1]
+        grouped = _values(codes, value_Q, shift).unflatten(-1, (ctx.groups, -1))
+        return torch.addcmul(zero[..., None], grouped, scale[..., None]).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        codes, value_Q = ctx.saved_tensors
+        grad = outer[0].unflatten(-1, (ctx.groups, -1))
+        value = _values(codes, value_Q, ctx.shift).unflatten(-1, (ctx.groups, -1))
+        return torch.linalg.vecdot(grad, value), grad.sum(-1), None, None, None
+
+
+def _values(codes: Tensor, value_Q: Tensor, shift: int) -> Tensor:
+    return value_Q.index_select(0, (codes >> shift).int().flatten()).view_as(codes)

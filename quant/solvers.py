@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fissile.config import BlockStage
+from fissile.kernels.layout import STORED_BITS
 from fissile.quant.nested import NestedWeight
 
 
@@ -56,6 +57,11 @@ class Solver:
     seed: int = 0
     residual: tuple[int, ...] = ()
     sensitivity: bool = False
+
+    @property
+    def moving(self) -> tuple[int, ...]:
+        """Widths whose floats may move once they are solved: a residual adds to the others'."""
+        return tuple(k for k in self.widths if not (self.residual and k == STORED_BITS))
 
     def __call__(
         self, weight: Tensor, evidence: Evidence, group_size: int, companding: float | None = None

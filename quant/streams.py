@@ -9,6 +9,7 @@ Shapes: N windows, S tokens per window, T = B*S tokens of a batch, D model width
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from fissile.models.modeling_fissile import FissileDecoderLayer
 from fissile.models.routers_fissile import Route
 from fissile.models.stream import StreamedModel, batches
+from fissile.quant.spill import Windows
 
 
 class Streams:
@@ -28,6 +30,7 @@ class Streams:
         widths: a stream for each.
         batch_tokens: tokens of a forward pass.
         floats: keep the float model's stream too.
+        folder: several streams lie in files there; None keeps all in memory.
     """
 
     def __init__(
@@ -38,11 +41,24 @@ class Streams:
         batch_tokens: int,
         *,
         floats: bool,
+        folder: Path | None = None,
     ) -> None:
         self.model, self.slices = model, list(batches(ids_NS, batch_tokens))
-        self.hidden = {bits: model.embed(ids_NS) for bits in widths}
-        self.float_NSD = model.embed(ids_NS) if floats else None
+        self.shape = (len(ids_NS), ids_NS.shape[1], model.config.hidden_size)
+        self.folder = folder if len(widths) + floats > 1 else None
+        self.hidden = {bits: self._embedded(ids_NS) for bits in widths}
+        self.float_NSD = self._embedded(ids_NS) if floats else None
         self._routes = [model.routes(ids_NS[part]) for part in self.slices]
+
+    def empty(self) -> Windows:
+        """Room for one more stream."""
+        return Windows(self.shape, self.folder)
+
+    def _embedded(self, ids_NS: Tensor) -> Windows:
+        found = self.empty()
+        for part in self.slices:
+            found[part] = self.model.embed(ids_NS[part])
+        return found
 
     def routes(self, layer_idx: int) -> list[Route | None]:
         """The pre-gating router's decision of every batch for one layer."""

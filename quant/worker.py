@@ -23,7 +23,7 @@ from fissile.models.modules_fissile import FissileExperts, GatedMLP, RoutedMLP
 from fissile.models.routers_fissile import Route
 from fissile.quant.blocks import BlockTrainer
 from fissile.quant.hessian import Measured, Moments, shrunk
-from fissile.quant.nested import NestedWeight, joined, stacked
+from fissile.quant.nested import NestedWeight, joined
 from fissile.quant.residual import with_residual
 from fissile.quant.solvers import Evidence, Solver
 from fissile.quant.streams import Streams
@@ -77,7 +77,10 @@ class LayerWorker:
         self.streams, self.solver, self.group_size = streams, solver, group_size
         self.trainer, self.work = trainer, LayerWork()
         self._parameters = dict(layer.named_parameters())
-        self._diagonal: dict[str, Tensor] = {}
+        if trainer is not None:
+            # One copy of them: what the trainer moves is what the layer computes with.
+            self._take_free(trainer)
+        self._originals = dict(reference.named_parameters()) if reference is not None else {}
 
     def quantize(self, attention: list[list[str]]) -> LayerWork:
         """Solve all linears of the layer; `attention` lists those of attention by shared input."""
@@ -91,8 +94,6 @@ class LayerWorker:
         if isinstance(mlp.experts, FissileExperts):
             self._gate_up()
             self._down()
-        if self.solver.residual:
-            self._add_residuals()
         return self.work
 
     def install(self, bits: int) -> None:
@@ -165,11 +166,16 @@ class LayerWorker:
         rows = [self._parameters[path].shape[0] for path in paths]
         weight_OI = torch.cat([self._parameters[path].float() for path in paths])
         nested = self.solver(weight_OI, evidence, group)
-        for path, weight, part in zip(
-            paths, weight_OI.split(rows), nested.split(rows), strict=True
-        ):
-            self._diagonal[path] = evidence.hessian.diagonal().clone()
-            self._solved(path, part, relative_losses(part, weight, evidence.hessian))
+        losses = [
+            relative_losses(part, weight, evidence.hessian)
+            for weight, part in zip(weight_OI.split(rows), nested.split(rows), strict=True)
+        ]
+        if self.solver.residual:
+            original_OI = torch.cat([self._originals[path].float() for path in paths])
+            # Nothing has to make up for anything there.
+            nested = with_residual(nested, original_OI, evidence.hessian, self.solver.residual)
+        for path, part, loss in zip(paths, nested.split(rows), losses, strict=True):
+            self._solved(path, part, loss)
         self._train()
 
     def _group(self, names: list[str], inputs: int) -> int | None:
@@ -189,15 +195,18 @@ class LayerWorker:
         self.work.nested[name], self.work.losses[name] = nested, losses
         if self.trainer is not None:
             self.trainer.fix(name, nested)
-        self._parameters[name].data = nested.dequantize(nested.widths[-1])
+        self._parameters[name].data = nested.dequantize(self.solver.widths[-1])
 
     def _train(self) -> None:
         """Let everything that still moves make up for what has just been fixed."""
         if self.trainer is not None:
             self.trainer.train()
             self.work.nested |= self.trainer.finish()
-            for name, tensor in self.trainer.free().items():
-                self._parameters[name].data = tensor
+            self._take_free(self.trainer)
+
+    def _take_free(self, trainer: BlockTrainer) -> None:
+        for name, tensor in trainer.free().items():
+            self._parameters[name].data = tensor
 
     def _evidence(self, measure: Callable[[int], Measured]) -> tuple[Evidence, Tensor]:
         """Mean Hessian over the widths and the drift of each; tokens of the last."""
@@ -209,23 +218,6 @@ class LayerWorker:
                 drift[bits] = moved
         assert hessian is not None
         return Evidence(hessian, drift), tokens
-
-    def _add_residuals(self) -> None:
-        """Six and eight bits, of the original weights: nothing has to make up for anything there.
-
-        Columns are weighed by the diagonal of their Hessian, which is all that is kept of it.
-        """
-        assert self.reference is not None
-        originals = dict(self.reference.named_parameters())
-        for name, nested in self.work.nested.items():
-            weight = originals[name].float().reshape(-1, *originals[name].shape[-2:])
-            diagonals = self._diagonal[name].reshape(len(weight), -1)
-            pieces = []
-            for i, diagonal in enumerate(diagonals):
-                piece = nested.layer(i) if originals[name].dim() == 3 else nested
-                args = (torch.diag(diagonal), self.solver.residual)
-                pieces.append(with_residual(piece, weight[i], *args))
-            self.work.nested[name] = stacked(pieces) if originals[name].dim() == 3 else pieces[0]
 
     # -- routed experts --------------------------------------------------------------------------
 
@@ -285,7 +277,7 @@ class LayerWorker:
     def _experts(self, name: str, group: int, measure: Callable[[int, int, int], Measured]) -> None:
         stack_EOI = self._parameters[name].float()
         solved: list[NestedWeight] = []
-        losses, diagonals = [], []
+        losses = []
         for begin, end in self._rounds(*stack_EOI.shape[::2]):
 
             def of_round(bits: int, begin: int = begin, end: int = end) -> Measured:
@@ -296,10 +288,13 @@ class LayerWorker:
                 self._starved(tokens, begin, stack_EOI.shape[-1])
             # One table for the whole stack.
             table = solved[0].companding if solved else None
-            solved.append(self.solver(stack_EOI[begin:end], evidence, group, table))
-            losses.append(relative_losses(solved[-1], stack_EOI[begin:end], evidence.hessian))
-            diagonals.append(evidence.hessian.diagonal(dim1=1, dim2=2).clone())
-        self._diagonal[name] = torch.cat(diagonals)
+            nested = self.solver(stack_EOI[begin:end], evidence, group, table)
+            losses.append(relative_losses(nested, stack_EOI[begin:end], evidence.hessian))
+            if self.solver.residual:
+                original_EOI = self._originals[name][begin:end].float()
+                args = (original_EOI, evidence.hessian, self.solver.residual)
+                nested = with_residual(nested, *args)
+            solved.append(nested)
         mean = {k: sum(part[k] for part in losses) / len(losses) for k in losses[0]}
         self._solved(name, joined(solved, dim=0), mean)
         self._train()

@@ -6,9 +6,14 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-Width = Literal[2, 3, 4, 6, 8]
+from fissile.config_quantize import BlockStage as BlockStage
+from fissile.config_quantize import Quantize as Quantize
+from fissile.config_quantize import Strict as Strict
+from fissile.config_quantize import Tune as Tune
+from fissile.config_quantize import Width as Width
+
 Share = Annotated[float, Field(gt=0, le=1)]
 Control = Literal[
     "static",
@@ -19,7 +24,9 @@ Control = Literal[
     "spectral",
     "dynamic",
     "pregate",
+    "pregate_dynamic",
     "per_layer",
+    "per_layer_dynamic",
     "token",
     "oracle",
     "oracle_per_layer",
@@ -42,17 +49,12 @@ Stage = Literal[
     "route",
     "recover",
     "quantize",
+    "tune",
     "export",
     "verify",
     "evaluate",
     "report",
 ]
-
-
-class Strict(BaseModel):
-    """Base of every recipe section: unknown keys are errors, instances do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Calibrate(Strict):
@@ -68,15 +70,16 @@ class Calibrate(Strict):
 class Extract(Strict):
     """How the neurons of a layer become shared and routed experts."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="false: the model stays dense")
     method: Literal["fissile", "random", "readme", "cmoe", "expertweaver", "emoe"] = Field(
         "fissile", description="ours, random experts, or a published conversion on the same path"
     )
-    score: Literal["auto", "fluctuation", "energy", "magnitude"] = Field(
-        "auto", description="auto: fluctuation if recovery can compensate, else energy"
+    score: Literal["auto", "fluctuation", "energy", "contribution", "magnitude"] = Field(
+        "auto",
+        description="auto: fluctuation if recovery can compensate, else energy; readme: magnitude",
     )
-    num_experts: int = Field(8, ge=2, le=256)
-    top_k: int = Field(3, ge=1)
+    num_experts: int = Field(8, ge=2, le=256, description="routed experts of a layer")
+    top_k: int = Field(3, ge=1, description="experts chosen for a token")
     active_share: Share = Field(0.75, description="share of FFN neurons computed for a token")
     multiple: int = Field(64, ge=1, description="experts are a multiple of this many neurons")
     allocation: Literal["uniform", "proxy", "kl"] = Field(
@@ -102,7 +105,9 @@ class Extract(Strict):
 class Route(Strict):
     """The router and how it is distilled from the oracle."""
 
-    kind: Literal["pregate", "layerwise", "static"] = "pregate"
+    kind: Literal["pregate", "layerwise", "static"] = Field(
+        "pregate", description="before layer 0, in every layer, or no choice at all"
+    )
     per_layer: bool = Field(False, description="one head per layer instead of one decision")
     block: Literal["attention", "token", "readme"] = Field(
         "attention", description="of pre-gating: ours, token ids alone, or Read-ME's own router"
@@ -134,9 +139,9 @@ class Route(Strict):
     )
     attention_dim: int = Field(64, ge=8, description="width of the attention's output")
     inner_dim: int = Field(64, ge=8, description="width of the SwiGLU")
-    steps: int = Field(400, ge=1)
-    batch_tokens: int = Field(8192, gt=0)
-    learning_rate: float = Field(3e-3, gt=0)
+    steps: int = Field(400, ge=1, description="of distilling a router before layer 0")
+    batch_tokens: int = Field(8192, gt=0, description="tokens of one step")
+    learning_rate: float = Field(3e-3, gt=0, description="highest of the distillation")
     temperature: float = Field(
         0.5, gt=0, description="of the oracle's soft targets, whose std is one"
     )
@@ -168,10 +173,10 @@ class Alternate(Strict):
     round_decay: float = Field(0.8, gt=0, le=1, description="of both rates, per round")
     temperature: float = Field(0.5, gt=0, description="of the oracle's soft targets")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_number(cls, data: Any) -> Any:
-        return {"rounds": data} if isinstance(data, int) else data
+
+def _rounds(value: Any) -> Any:
+    """A bare number stands for so many rounds."""
+    return {"rounds": value} if isinstance(value, int) else value
 
 
 class Recover(Strict):
@@ -194,18 +199,22 @@ class Recover(Strict):
         True, description="biases in FFNs and constants per expert; most stock classes have none"
     )
     refit_tokens: int = Field(65536, gt=0, description="calibration tokens of the re-fit")
-    method: Literal["none", "lora", "full"] = "lora"
+    method: Literal["none", "lora", "full"] = Field(
+        "lora", description="of training after the re-fit: none, low-rank, or all weights"
+    )
     steps: int | None = Field(None, ge=0, description="budget in optimiser steps")
     tokens: int | None = Field(None, gt=0, description="budget in tokens read, repeats included")
     seconds: float | None = Field(None, gt=0, description="budget in seconds of training")
     batch_tokens: int = Field(4096, gt=0, description="tokens of one forward pass, all processes")
     accumulate: int = Field(1, ge=1, description="forward passes per optimiser step")
-    context: int = Field(512, ge=8)
+    context: int = Field(512, ge=8, description="tokens per window of the training")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the products; weights and optimiser stay float32"
     )
-    learning_rate: float = Field(1e-3, gt=0)
-    schedule: Literal["rex", "uba", "linear", "cosine", "refined"] = "rex"
+    learning_rate: float = Field(1e-3, gt=0, description="highest of the schedule")
+    schedule: Literal["rex", "uba", "linear", "cosine", "refined"] = Field(
+        "rex", description="of the learning rate over the budget"
+    )
     phi: float = Field(1.0, gt=0, description="shape of uba: 2 is cosine, near 0 drops late")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the budget")
     probe: float = Field(
@@ -215,18 +224,20 @@ class Recover(Strict):
         None, description="refined: run folder whose training recorded norms, in place of a probe"
     )
     clip: float = Field(1.0, gt=0, description="bound on the gradient's norm")
-    weight_decay: float = Field(0.0, ge=0)
-    rank: int = Field(16, ge=1)
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    rank: int = Field(16, ge=1, description="of lora")
     kd_weight: float = Field(
         0.9, ge=0, le=1, description="of the divergence from the dense model; the rest is text loss"
     )
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, description="of that divergence")
     teacher_top_k: int = Field(
         64, ge=0, description="logits kept per token of the dense model; 0 runs it every step"
     )
     checkpoint_every: int = Field(50, ge=1, description="steps between resumable checkpoints")
     train_router: bool = Field(True, description="straight-through gradients into the router")
-    alternate: Alternate = Alternate()
+    alternate: Annotated[
+        Alternate, BeforeValidator(_rounds, json_schema_input_type=Alternate | int)
+    ] = Alternate()
 
     @model_validator(mode="before")
     @classmethod
@@ -262,81 +273,17 @@ class Recover(Strict):
         return max(1, round(self.tokens / step_tokens))
 
 
-class BlockStage(Strict):
-    """Training of each transformer block's output while its linears are quantized."""
-
-    steps: int = Field(
-        0, ge=0, description="optimiser steps after each group of linears; 0: no block stage"
-    )
-    batch_tokens: int = Field(2048, gt=0, description="tokens of one step")
-    weight_rate: float = Field(1e-2, ge=0, description="of weights not yet quantized, in their rms")
-    float_rate: float = Field(5e-3, gt=0, description="of scales and zeros, in units of each scale")
-    norm_rate: float = Field(1e-3, ge=0, description="of norms; 0: they stay")
-
-
-def _omega(value: Any) -> Any:
-    """Weights of the widths behind a word."""
-    words = {"balanced": 4.0, "2-bit first": 16.0, "4-bit first": 1.0}
-    known = isinstance(value, str) and value in words
-    return {2: words[value], 3: 1.0, 4: 1.0} if known else value
-
-
-class Quantize(Strict):
-    """Bit-nested weights."""
-
-    enabled: bool = True
-    widths: tuple[Width, ...] = (2, 3, 4)
-    group_size: Literal[32, 64, 128] = 64
-    omega: Annotated[dict[int, float], BeforeValidator(_omega)] = Field(
-        {2: 4.0, 3: 1.0, 4: 1.0},
-        description="weight of each width's loss, relative to 4^width; or 'balanced' (as here),"
-        " '2-bit first', '4-bit first'",
-    )
-    effort: Literal["fast", "balanced", "best"] = "balanced"
-    attention: bool = True
-    damp: float = Field(0.01, gt=0)
-    method: Literal["fissile", "decoupleq"] = Field(
-        "fissile", description="ours, or decoupleQ as published (one width, integers frozen)"
-    )
-    companding: float | None = Field(
-        1.0, description="width of the outer cells (1, 1.5 or 2); null: the best for each tensor"
-    )
-    blend: float = Field(
-        0.0, ge=0, le=1, description="share made up for of the inputs' drift from the float model's"
-    )
-    block: BlockStage = BlockStage()
-    budget: str | None = Field(
-        None, description="mixed widths: bits per quantized weight (2.6bpw) or bytes (4GiB)"
-    )
-    tokens: int = Field(65536, gt=0, description="calibration tokens for the Hessians")
-
-    @model_validator(mode="after")
-    def _widths_sorted(self) -> Quantize:
-        if not self.widths or list(self.widths) != sorted(set(self.widths)):
-            raise ValueError(f"widths {list(self.widths)} must be distinct and ascending")
-        if self.companding not in (None, 1, 1.5, 2):
-            raise ValueError(f"companding {self.companding}, accepted: null, 1, 1.5 or 2")
-        base = [w for w in self.widths if w <= 4]
-        if len(base) < len(self.widths) and 4 not in base:
-            raise ValueError(f"widths {list(self.widths)}: 6 and 8 bits are added to 4")
-        if self.method == "decoupleq" and len(self.widths) > 1:
-            raise ValueError(f"widths {list(self.widths)}: decoupleq makes one width")
-        if missing := [w for w in base if self.omega.get(w, 0) <= 0]:
-            raise ValueError(f"omega has no positive weight for width {missing[0]}")
-        return self
-
-
 class Export(Strict):
     """The artifact's files."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="of tensors that are not quantized"
     )
-    max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000)
+    max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000, description="of one file")
     targets: tuple[ExportTarget, ...] = Field(
         (), description="what `fissile export` is to write later; the plan refuses what it cannot"
     )
-    default_bits: Width = 4
+    default_bits: Width = Field(4, description="width of a load that names none")
 
 
 class Evaluate(Strict):
@@ -344,11 +291,16 @@ class Evaluate(Strict):
 
     data: str | None = Field(None, description="JSONL of held-out documents")
     tokens: int = Field(65536, gt=0, description="tokens over all domains, divided evenly")
-    context: int = Field(2048, ge=8)
-    batch_tokens: int = Field(8192, gt=0)
-    shares: tuple[Share, ...] = (0.75, 0.5)
-    controls: tuple[Control, ...] = ("static", "random", "ridge", "pregate", "oracle")
-    baselines: tuple[Baseline, ...] = ("dedicated", "gptq", "rtn")
+    context: int = Field(2048, ge=8, description="tokens per window, cut to the model's maximum")
+    batch_tokens: int = Field(8192, gt=0, description="tokens per forward pass")
+    shares: tuple[Share, ...] = Field((0.75, 0.5), description="active shares of the controls")
+    controls: tuple[Control, ...] = Field(
+        ("static", "random", "ridge", "pregate", "oracle"),
+        description="what the converted model is read against, at every share",
+    )
+    baselines: tuple[Baseline, ...] = Field(
+        ("dedicated", "gptq", "rtn"), description="what the nested code is read against"
+    )
     control_recover_steps: int = Field(0, ge=0, description="training steps for each control")
     choices: int = Field(
         25, ge=0, description="multiple-choice items a domain, cut from the held-out text; 0: none"
@@ -372,9 +324,9 @@ class Limits(Strict):
 class Recipe(Strict):
     """A whole run: dense checkpoint to routed, bit-nested artifact."""
 
-    name: str = Field("unnamed", pattern=r"^[A-Za-z0-9._-]+$")
-    description: str = ""
-    seed: int = Field(0, ge=0, lt=2**31)
+    name: str = Field("unnamed", pattern=r"^[A-Za-z0-9._-]+$", description="in report and card")
+    description: str = Field("", description="one line for lists of recipes")
+    seed: int = Field(0, ge=0, lt=2**31, description="of everything that is drawn")
     calibrate: Calibrate = Calibrate()
     extract: Extract = Extract()
     route: Route = Route()

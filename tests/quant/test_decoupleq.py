@@ -9,6 +9,7 @@ from tests.quant import layers
 from fissile.quant.baselines import gptq
 from fissile.quant.decouple import solve
 from fissile.quant.decoupleq import FirstLevel, decoupleq
+from fissile.quant.decoupleq_dense import decoupleq_dense
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -64,3 +65,20 @@ def test_batches_and_misuse() -> None:
         decoupleq(weight[0], hessian[0], 8)
     with pytest.raises(ValueError, match=r"hessian \(2, 64, 64\): no fit"):
         decoupleq(weight[0], hessian, 2)
+
+
+@pytest.mark.parametrize("alternations", [1, 4])
+@pytest.mark.parametrize("kind", ["power", "chain"])
+def test_the_dense_formulation_is_the_same_algorithm(kind: str, alternations: int) -> None:
+    weight, hessian = layers.weight(40, 128), layers.hessian(128, kind)
+    dense = decoupleq_dense(weight, hessian, 2, 64, alternations=alternations)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(128)
+    truth = layers.loss_rows(dense.weight_OI - weight, damped)
+    torch.testing.assert_close(dense.loss_O, truth, rtol=1e-4, atol=0)
+    for row in dense.weight_OI.unflatten(1, (2, 64)).flatten(0, 1):
+        assert len(row.unique()) <= 4
+    ours = decoupleq(weight, hessian, 2, 64, alternations=alternations)
+    own = layers.loss_rows(ours.dequantize(2) - weight, damped).sum()
+    assert 0.93 < float(dense.loss_O.sum() / own) < 1.07
+    steps = {"integers"} if alternations == 1 else {"integers", "search", "floats"}
+    assert set(dense.seconds) == steps

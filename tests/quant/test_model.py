@@ -6,6 +6,7 @@ Shapes: N windows, S tokens per window, D model width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from fissile.quant.blocks import BlockData, BlockTrainer
 from fissile.quant.decouple import solve
 from fissile.quant.layers import QuantizedLayer, quantize_model
 from fissile.quant.solvers import Solver
+from fissile.quant.spill import Windows
 from fissile.run.nesting import baseline_solver, nested_solver
 
 LAYERS, CONTEXT = 2, 128
@@ -61,18 +63,22 @@ def settings(**changes: object) -> Quantize:
 
 
 def quantized(
-    world: World, solver: Solver, store: UnitStore | None = None, count: int = LAYERS
+    world: World,
+    solver: Solver,
+    store: UnitStore | None = None,
+    count: int = LAYERS,
+    windows: int | None = None,
 ) -> list[QuantizedLayer]:
     work = quantize_model(
         world.model,
-        world.fit_NS,
+        world.fit_NS[:windows],
         solver,
         group_size=64,
         attention=True,
         batch_tokens=2048,
         store=store,
     )
-    return [layer for layer, _ in zip(work, range(count), strict=False)]
+    return list(islice(work, count))
 
 
 @torch.no_grad()
@@ -112,12 +118,14 @@ def test_each_part_of_the_stage_helps_on_held_out_text(world: World) -> None:
 def test_several_widths_in_one_pass_and_a_resume_in_the_middle(
     world: World, tmp_path: Path
 ) -> None:
-    changes = {"widths": [2, 4, 8], "blend": 0.5, "block": {"steps": 3, "batch_tokens": 1024}}
+    changes = {"widths": [2, 4, 8], "blend": 0.5, "block": {"steps": 2, "batch_tokens": 512}}
     solver = nested_solver(settings(**changes), 0)
-    whole = quantized(world, solver)
+    # In memory without a store, in files with one.
+    whole = quantized(world, solver, windows=16)
     store = UnitStore(tmp_path / "units")
-    quantized(world, solver, store, count=1)
-    resumed = quantized(world, solver, store)
+    quantized(world, solver, store, count=1, windows=16)
+    assert [path.name for path in (tmp_path / "units").iterdir()] == ["layer_000.safetensors"]
+    resumed = quantized(world, solver, store, windows=16)
     for first, second in zip(whole, resumed, strict=True):
         assert first.parts.keys() == second.parts.keys()
         assert all(torch.equal(first.parts[k], second.parts[k]) for k in first.parts)
@@ -132,9 +140,8 @@ def test_several_widths_in_one_pass_and_a_resume_in_the_middle(
             )
     errors = [drift(world, whole, bits) for bits in (2, 4, 8)]
     assert errors[1] < 0.2 * errors[0]
-    # The residual knows its inputs by the diagonal of their Hessian alone: a code of four bits
-    # more could be 256 times as near, on the demo model this one is eleven times as near.
-    assert errors[2] < 0.15 * errors[1], errors
+    # The code of four bits more is solved against the whole Hessian of the original weights.
+    assert errors[2] < 0.05 * errors[1], errors
 
 
 def trainer_of(world: World, **changes: object) -> tuple[BlockTrainer, dict[str, Tensor]]:
@@ -146,7 +153,8 @@ def trainer_of(world: World, **changes: object) -> tuple[BlockTrainer, dict[str,
         target = layer(hidden, None, model.context(hidden))
     names = [f"self_attn.{name}_proj.weight" for name in "qko"]
     block = BlockStage.model_validate({"steps": 6, "batch_tokens": 512, **changes})
-    data = BlockData({2: hidden}, target, lambda _: None, model.context, {2: 1.0})
+    streams = {2: Windows.of(hidden)}
+    data = BlockData(streams, Windows.of(target), lambda _: None, model.context, {2: 1.0})
     trainer = BlockTrainer(layer, names, data, block, 0)
     weight = dict(layer.named_parameters())[names[0]].detach()
     nested = solve(weight, torch.eye(weight.shape[1]), widths=(2,), effort="fast")

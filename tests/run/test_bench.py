@@ -37,6 +37,25 @@ def test_a_small_layer(run_cli: Cli, tmp_path: Path) -> None:
     assert quality["recall_at_k"] > 2 * quality["chance"]
 
 
+def test_the_solver_against_the_reference(run_cli: Cli) -> None:
+    sizes = ["outputs=48", "inputs=128", "tokens=512", "efforts=[fast, balanced]", "joint=true"]
+    flags = [part for item in sizes for part in ("--set", item)]
+    code, text, err = run_cli("bench", "solver", "-q", "--json", *flags)
+    assert code == 0, err
+    row = json.loads(text)
+    reference, ours = row["reference"], row["ours"]
+    assert reference["seconds"] == pytest.approx(sum(reference["by_step"].values()), rel=0.5)
+    assert ours["balanced"]["loss"] < ours["fast"]["loss"] < 1.1 * reference["loss"]
+    for found in ours.values():
+        assert found["loss"] < found["held_out"]
+        assert found["held_out_ratio"] == found["held_out"] / reference["held_out"]
+        assert found["joint_ratio"] == found["joint_seconds"] / found["alone_seconds"]
+    assert {"load_average", "threads", "versions", "counted"} <= {*row["conditions"]}
+    code, _, err = run_cli("bench", "solver", "--set", "inputs=100")
+    assert code == 2
+    assert "inputs 100: not groups of 64" in err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

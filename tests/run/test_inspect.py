@@ -190,7 +190,8 @@ def test_doctor_says_why_a_width_has_no_kernel(monkeypatch: pytest.MonkeyPatch) 
     found = doctor.kernel_path()
     assert found["device"].startswith("cuda: ")
     assert found["4 bits"] == "triton (triton 3.6.0, launch table default, never timed)"
-    assert found["6 bits"].startswith("decoded (bits 6: the kernels take")
+    assert found["6 bits"].endswith("never timed; held as 8 bits)")
+    assert found["rows of an expert"].startswith("decode kernels up to ")
     without = {"triton": None}
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: without.get(name, name))
     dispatch.refusal.cache_clear()

@@ -18,6 +18,8 @@ BENCHES = Registry(
         "kernels": "fissile.run.bench_kernels:BENCH",
         "layer": "fissile.run.bench_layer:BENCH",
         "mmlu": "fissile.run.bench_mmlu:BENCH",
+        "peers": "fissile.run.bench_peers:BENCH",
+        "solver": "fissile.run.bench_solver:BENCH",
         "speed": "fissile.run.bench_speed:BENCH",
     },
 )

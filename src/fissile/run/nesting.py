@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 
 from torch import Tensor
@@ -14,12 +14,13 @@ from fissile.io.units import UnitStore
 from fissile.kernels.layout import LAYOUT_VERSION, STORED_BITS
 from fissile.models.build import with_nested
 from fissile.models.configuration_fissile import FissileConfig
+from fissile.models.source import MemorySource
 from fissile.models.stream import StateSource
 from fissile.quant.allocate import Allocation, Choice, allocate, budget_bytes
 from fissile.quant.baselines import gptaq, gptq, rtn
 from fissile.quant.decouple import solve
 from fissile.quant.decoupleq import decoupleq
-from fissile.quant.layers import read_layer
+from fissile.quant.layers import QuantizedLayer, final_layer
 from fissile.quant.nested import NestedWeight
 from fissile.quant.sensitivity import choices, sharing
 from fissile.quant.solvers import Evidence, Solver, float_targets
@@ -121,7 +122,7 @@ def mixed_widths(config: FissileConfig, store: UnitStore, settings: Quantize) ->
     members: dict[str, list[str]] = {}
     weights = 0
     for i in range(config.num_base_layers):
-        layer, prefix = read_layer(store, i), f"model.layers.{i}."
+        layer, prefix = final_layer(store, i), f"model.layers.{i}."
         for names in sharing(list(layer.groups), config.backbone["attention"]):
             # A plane of two bits a weight has a quarter of its inputs.
             planes = [layer.parts[f"{name}.plane_2"].shape for name in names]
@@ -151,7 +152,7 @@ def artifact_tensors_of(
         groups: dict[str, int] = {}
         companding: dict[str, float] = {}
         for i in range(config.num_base_layers):
-            own, prefix = read_layer(store, i), f"model.layers.{i}."
+            own, prefix = final_layer(store, i), f"model.layers.{i}."
             groups |= {prefix + name: group for name, group in own.groups.items()}
             companding |= {prefix + name: ratio for name, ratio in own.companding.items()}
         nested = {
@@ -178,8 +179,19 @@ def artifact_tensors_of(
             if store is None:
                 cache[int(index)] = source.layer_state(int(index))
             else:
-                layer = read_layer(store, int(index))
+                layer = final_layer(store, int(index))
                 cache[int(index)] = layer.kept | layer.parts
         return cache[int(index)][rest]
 
     return config, provide
+
+
+def decoded(
+    source: StateSource, layers: Iterator[QuantizedLayer], bits: int | None = None
+) -> MemorySource:
+    """A quantized model as float weights, at `bits` or the widest width that was solved."""
+    state: dict[str, Tensor] = dict(source.outer_state())
+    for i, layer in enumerate(layers):
+        own = layer.kept | {name: layer.decode(name, bits) for name in layer.groups}
+        state |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
+    return MemorySource(source.config, state)

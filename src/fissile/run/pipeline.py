@@ -180,6 +180,7 @@ def _run_stages(context: RunContext, stop_after: str | None) -> RunSummary:
         ("route", converts and recipe.route.kind != "static", stages.route),
         ("recover", converts, stages.recover),
         ("quantize", nests, stages.quantize),
+        ("tune", nests and recipe.quantize.tune.steps > 0, stages.tune),
         ("export", True, stages.export),
         ("verify", True, verify),
         ("evaluate", True, evaluate),
@@ -268,7 +269,7 @@ def quantize_checkpoint(
         Folder, bytes, seconds, mean relative loss per width, ledger counts.
 
     Raises:
-        As `run_recipe`.
+        UsageError, UnsupportedModel, ResourceError, QualityGate, Interrupted: as `run_recipe`.
     """
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists; pass --overwrite to replace it, or another --out")

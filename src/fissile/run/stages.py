@@ -34,6 +34,7 @@ from fissile.run.nesting import artifact_tensors_of, nested_solver, origin_of
 from fissile.run.rivals import RIVALS, rival_experts
 from fissile.run.systems import expert_unit, router_name, router_unit
 from fissile.run.together import earlier_norms
+from fissile.run.tuning import Tuning
 
 
 class Stages:
@@ -293,6 +294,22 @@ class Stages:
                 rows.append({"layer": i, "tensor": name, "loss": loss})
         self.context.ledger.replace_stage("quantize", events)
         return {"layers": rows}
+
+    def tune(self) -> dict[str, Any]:
+        """Train scales, zeros and norms of the quantized model."""
+        return self.tuned(self.recovered, "quantize")
+
+    def tuned(self, source: StateSource, unit: str) -> dict[str, Any]:
+        """Train the floats of any quantized model whose layers lie in a store."""
+        work = Tuning(
+            self.context.source,
+            pick_windows(self.windows, self.recipe.quantize.tokens).ids_NS,
+            self.recipe.quantize,
+            self.recipe.seed,
+            self.context.journal.store("tune/teacher"),
+            self.context.tick,
+        )
+        return work.run(source, self.context.journal.store(unit))
 
     def run_solver(
         self, source: StateSource, solver: Solver, unit: str

@@ -1,0 +1,144 @@
+"""The quantize section of recipes; everything else of them is in fissile.config."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Width = Literal[2, 3, 4, 6, 8]
+
+
+class Strict(BaseModel):
+    """Base of every recipe section: unknown keys are errors, instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BlockStage(Strict):
+    """Training of each transformer block's output while its linears are quantized."""
+
+    steps: int = Field(
+        0,
+        ge=0,
+        description="optimiser steps after each group of linears; 0: no block stage; left out: by"
+        " effort",
+    )
+    batch_tokens: int = Field(2048, gt=0, description="tokens of one step")
+    weight_rate: float = Field(1e-2, ge=0, description="of weights not yet quantized, in their rms")
+    float_rate: float = Field(5e-3, gt=0, description="of scales and zeros, in units of each scale")
+    norm_rate: float = Field(1e-3, ge=0, description="of norms; 0: they stay")
+
+
+class Tune(Strict):
+    """Training of scales, zeros and norms towards the dense model's predictions, at the end."""
+
+    steps: int = Field(
+        0, ge=0, description="optimiser steps, all codes in memory; left out: by effort"
+    )
+    batch_tokens: int = Field(2048, gt=0, description="tokens of one step")
+    context: int = Field(512, ge=8, description="most tokens of a window")
+    learning_rate: float = Field(4e-3, gt=0, description="in units of each scale and norm")
+    norms: bool = Field(True, description="norms move too; never with 6 and 8 bits")
+    teacher_top_k: int = Field(64, ge=0, description="logits kept per token of the dense model")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the products; what is trained stays float32"
+    )
+    checkpoint_every: int = Field(50, ge=1, description="steps between resumable checkpoints")
+
+
+_Words = Literal["balanced", "2-bit first", "4-bit first"]
+
+
+def _omega(value: Any) -> Any:
+    """Weights of the widths behind a word."""
+    words = {"balanced": 4.0, "2-bit first": 16.0, "4-bit first": 1.0}
+    known = isinstance(value, str) and value in words
+    return {2: words[value], 3: 1.0, 4: 1.0} if known else value
+
+
+class _Work(NamedTuple):
+    blend: float
+    block_steps: int
+    tune_steps: int
+
+
+# What an effort means where the recipe leaves it out.
+_EFFORT_WORK = {
+    "fast": _Work(0.0, 0, 0),
+    "balanced": _Work(0.5, 10, 0),
+    "best": _Work(0.5, 40, 120),
+}
+
+
+class Quantize(Strict):
+    """Bit-nested weights."""
+
+    enabled: bool = Field(True, description="false: weights stay floats")
+    widths: tuple[Width, ...] = Field(
+        (2, 3, 4), description="bits that can be served; 6 and 8 add to 4"
+    )
+    group_size: Literal[32, 64, 128] = Field(
+        64, description="inputs that share a scale and a zero, less where it does not divide"
+    )
+    omega: Annotated[
+        dict[int, float],
+        BeforeValidator(_omega, json_schema_input_type=dict[int, float] | _Words),
+    ] = Field(
+        {2: 4.0, 3: 1.0, 4: 1.0},
+        description="weight of each width's loss, relative to 4^width; or 'balanced' (as here),"
+        " '2-bit first', '4-bit first'",
+    )
+    effort: Literal["fast", "balanced", "best"] = Field(
+        "balanced", description="rounds of the solver; balanced and best train blocks, best tunes"
+    )
+    attention: bool = Field(True, description="attention projections too, not only FFNs")
+    damp: float = Field(0.01, gt=0, description="ridge of the Hessian, in its mean diagonal")
+    method: Literal["fissile", "decoupleq"] = Field(
+        "fissile", description="ours, or decoupleQ as published (one width, integers frozen)"
+    )
+    companding: float | None = Field(
+        1.0, description="width of the outer cells (1, 1.5 or 2); null: the best for each tensor"
+    )
+    blend: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share made up for of the inputs' drift from the float model's; left out: by"
+        " effort",
+    )
+    block: BlockStage = BlockStage()
+    tune: Tune = Tune()
+    budget: str | None = Field(
+        None, description="mixed widths: bits per quantized weight (2.6bpw) or bytes (4GiB)"
+    )
+    tokens: int = Field(65536, gt=0, description="calibration tokens for the Hessians")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_effort(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or str(data.get("effort", "balanced")) not in _EFFORT_WORK:
+            return data
+        work = _EFFORT_WORK[data.get("effort", "balanced")]
+        filled: dict[str, Any] = {"blend": work.blend, "block": {}, "tune": {}, **data}
+        # decoupleQ ends with its block stage.
+        tuned = 0 if data.get("method") == "decoupleq" else work.tune_steps
+        for name, steps in (("block", work.block_steps), ("tune", tuned)):
+            if isinstance(filled[name], dict):
+                filled[name] = {"steps": steps} | filled[name]
+        return filled
+
+    @model_validator(mode="after")
+    def _widths_sorted(self) -> Quantize:
+        if not self.widths or list(self.widths) != sorted(set(self.widths)):
+            raise ValueError(f"widths {list(self.widths)} must be distinct and ascending")
+        if self.companding not in (None, 1, 1.5, 2):
+            raise ValueError(f"companding {self.companding}, accepted: null, 1, 1.5 or 2")
+        base = [w for w in self.widths if w <= 4]
+        if len(base) < len(self.widths) and 4 not in base:
+            raise ValueError(f"widths {list(self.widths)}: 6 and 8 bits are added to 4")
+        if self.method == "decoupleq" and len(self.widths) > 1:
+            raise ValueError(f"widths {list(self.widths)}: decoupleq makes one width")
+        if missing := [w for w in base if self.omega.get(w, 0) <= 0]:
+            raise ValueError(f"omega has no positive weight for width {missing[0]}")
+        return self

@@ -1,0 +1,150 @@
+"""Our solver against decoupleQ's reference algorithm on one layer, in one process.
+
+Shapes: T tokens, O output rows, I inputs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from fissile.config import Strict
+from fissile.eval.result import machine, versions
+from fissile.quant.decouple import solve
+from fissile.quant.decoupleq_dense import decoupleq_dense
+from fissile.quant.floats import loss_rows
+from fissile.refactor.training import Progress
+from fissile.run.bench import Bench
+from fissile.run.context import peak_rss_bytes
+
+
+class SolverBench(Strict):
+    """Shape of the layer and what is solved; the defaults are a square layer of Llama-2-7B."""
+
+    outputs: int = Field(4096, gt=0, description="rows")
+    inputs: int = Field(4096, gt=0, description="columns")
+    bits: Literal[2, 3, 4] = 2
+    group_size: Literal[32, 64, 128] = 64
+    tokens: int = Field(16384, gt=0, description="calibration tokens; half as many are held out")
+    decay: float = Field(0.7, ge=0, description="spectrum of the inputs, i^-decay in variance")
+    efforts: tuple[Literal["fast", "balanced", "best"], ...] = ("fast",)
+    joint: bool = Field(False, description="2, 3 and 4 bits jointly, against each alone")
+    seed: int = Field(0, description="of weights and inputs")
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> SolverBench:
+        if self.inputs % self.group_size:
+            raise ValueError(f"inputs {self.inputs}: not groups of {self.group_size}")
+        return self
+
+
+def bench_solver(settings: SolverBench, progress: Progress) -> dict[str, Any]:
+    """Solve one made-up layer with our solver and with decoupleQ's reference algorithm.
+
+    Args:
+        settings: sizes and efforts.
+        progress: called as (stage, done, total, detail).
+
+    Returns:
+        Seconds and relative losses on calibration and on held-out inputs of the reference and of
+        every effort, with the ratios to the reference; conditions.
+    """
+    load = os.getloadavg()[0]
+    weight_OI, fit_II, held_II = _layer(settings)
+    total = len(settings.efforts) + 1
+    began = time.perf_counter()
+    dense = decoupleq_dense(weight_OI, fit_II, settings.bits, settings.group_size)
+    reference = {"seconds": time.perf_counter() - began}
+    reference |= _losses(dense.weight_OI, weight_OI, fit_II, held_II)
+    progress("solver", 1, total, f"reference {reference['seconds']:.1f} s")
+    rows: dict[str, Any] = {}
+    for effort in settings.efforts:
+        began = time.perf_counter()
+        nested = solve(
+            weight_OI,
+            fit_II,
+            widths=(settings.bits,),
+            group_size=settings.group_size,
+            effort=effort,
+            seed=settings.seed,
+        )
+        seconds = time.perf_counter() - began
+        losses = _losses(nested.dequantize(settings.bits), weight_OI, fit_II, held_II)
+        rows[effort] = {
+            "seconds": seconds,
+            **losses,
+            "time_ratio": seconds / reference["seconds"],
+            "loss_ratio": losses["loss"] / reference["loss"],
+            "held_out_ratio": losses["held_out"] / reference["held_out"],
+        }
+        progress("solver", 1 + len(rows), total, f"{effort} {seconds:.1f} s")
+        if settings.joint:
+            rows[effort] |= _joint(settings, effort, weight_OI, fit_II)
+    return {
+        "reference": {**reference, "by_step": dense.seconds},
+        "ours": rows,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "conditions": {
+            **settings.model_dump(),
+            "counted": "one layer from weight and Hessian to integers and floats",
+            "load_average": {"before": load, "after": os.getloadavg()[0]},
+            **machine(),
+            "versions": versions(),
+        },
+    }
+
+
+def _layer(settings: SolverBench) -> tuple[Tensor, Tensor, Tensor]:
+    """Gaussian weights; Hessians of calibration and held-out inputs with a decaying spectrum."""
+    rng = torch.Generator().manual_seed(settings.seed)
+    inputs = settings.inputs
+    weight_OI = 0.02 * torch.randn(settings.outputs, inputs, generator=rng)
+    basis_II, _ = torch.linalg.qr(torch.randn(inputs, inputs, generator=rng))
+    root_II = basis_II * torch.arange(1, inputs + 1).pow(-settings.decay / 2)
+    fit_II = _hessian(root_II, settings.tokens, rng)
+    return weight_OI, fit_II, _hessian(root_II, settings.tokens // 2, rng)
+
+
+def _hessian(root_II: Tensor, tokens: int, rng: torch.Generator) -> Tensor:
+    """Mean of x x^T over inputs with covariance root root^T."""
+    latent_II = torch.zeros_like(root_II)
+    for begin in range(0, tokens, len(root_II)):
+        z_TI = torch.randn(min(len(root_II), tokens - begin), len(root_II), generator=rng)
+        latent_II.addmm_(z_TI.T, z_TI)
+    return root_II @ (latent_II / tokens) @ root_II.T
+
+
+def _losses(
+    found_OI: Tensor, weight_OI: Tensor, fit_II: Tensor, held_II: Tensor
+) -> dict[str, float]:
+    """Loss in units of the output's square, on calibration and on held-out inputs."""
+    error_OI, found = found_OI - weight_OI, {}
+    for name, h_II in (("loss", fit_II), ("held_out", held_II)):
+        size = loss_rows(weight_OI[None], h_II[None]).sum()
+        found[name] = float(loss_rows(error_OI[None], h_II[None]).sum() / size)
+    return found
+
+
+def _joint(
+    settings: SolverBench, effort: Any, weight_OI: Tensor, hessian_II: Tensor
+) -> dict[str, float]:
+    """Seconds of three widths in one code, and of the same widths one by one."""
+    seconds = []
+    for widths in ((2, 3, 4), (2,), (3,), (4,)):
+        began = time.perf_counter()
+        rest = {"group_size": settings.group_size, "effort": effort, "seed": settings.seed}
+        solve(weight_OI, hessian_II, widths=widths, **rest)
+        seconds.append(time.perf_counter() - began)
+    return {
+        "joint_seconds": seconds[0],
+        "alone_seconds": sum(seconds[1:]),
+        "joint_ratio": seconds[0] / sum(seconds[1:]),
+    }
+
+
+BENCH = Bench(SolverBench, bench_solver)

@@ -1,0 +1,175 @@
+"""One integer tensor, many tasks: floats of an artifact trained on labelled text.
+
+What a task owns is a small file: scales, zeros and norms. Put into the artifact, they give another
+one with the same integers (decoupleQ's last stage, arXiv 2404.12759).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fissile.config import Tune
+from fissile.errors import CorruptCheckpoint, UsageError
+from fissile.eval.documents import read_documents
+from fissile.eval.tokens import load_tokenizer
+from fissile.eval.windows import sample_windows
+from fissile.export.artifact import write_artifact
+from fissile.io.headers import checkpoint_folder
+from fissile.io.hub import describe_source
+from fissile.io.manifest import Origin, read_manifest
+from fissile.io.publish import atomic_write_bytes
+from fissile.models.configuration_fissile import FissileConfig
+from fissile.models.source import LAYER, CheckpointSource
+from fissile.models.stream import StreamedModel
+from fissile.quant.layers import QuantizedLayer
+from fissile.quant.tune import TunedModel
+from fissile.refactor.training import Progress
+from fissile.run.card import model_card
+from fissile.run.tuning import float_lessons, moving_widths, train_floats
+
+_SHARD_BYTES = 5_000_000_000
+
+
+def tune_task(
+    folder: Path,
+    data: Path,
+    out: Path,
+    *,
+    settings: Tune,
+    tokens: int,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Train scales, zeros and norms of an artifact on text; integers stay.
+
+    Args:
+        folder: the artifact, or a run folder with one.
+        data: JSONL of documents; every eighth window only judges.
+        out: file of the floats.
+        settings: steps, rate, batch; the loss is next-token cross-entropy.
+        tokens: of the text that are used.
+        seed: of the sampling and of the order.
+        progress: called as (stage, done, total, detail).
+
+    Returns:
+        File, bytes, and the loss of the windows that judge, by width, before and after.
+
+    Raises:
+        UsageError: no artifact with nested weights, or too little text.
+    """
+    source = _artifact(folder)
+    layers = [_layer(source, i) for i in range(source.config.num_base_layers)]
+    stored = layers[0].widths
+    if not (widths := moving_widths(stored)):
+        raise UsageError(f"{folder}: widths {list(stored)} have no floats that may move")
+    context = min(settings.context, source.config.max_position_embeddings)
+    ids_NS, _, _ = sample_windows(
+        read_documents(data),
+        load_tokenizer(source.folder),
+        tokens,
+        context,
+        seed,
+        config=source.config,
+    )
+    norms = settings.norms and widths == stored
+    tuned = TunedModel(StreamedModel(source), layers, widths, norms=norms)
+    taught = float_lessons(settings, ids_NS.to(torch.int64), seed, None)
+    # Every width counts the same: a task has no loss that falls with the width.
+    omega = {bits: 4.0**-bits for bits in widths}
+    record = train_floats(tuned, taught, omega, settings, checkpoint=None, progress=progress)
+    tensors = {
+        f"{LAYER}{i}.{name}": tensor.contiguous()
+        for i, changed in enumerate(tuned.finish())
+        for name, tensor in changed.items()
+    }
+    metadata = {"base": _identity(source.folder), "record": json.dumps(record, sort_keys=True)}
+    atomic_write_bytes(out, save(tensors, metadata=metadata))
+    return {"out": str(out), "bytes": out.stat().st_size, **record}
+
+
+def with_floats(folder: Path, floats: Path, out: Path, *, overwrite: bool) -> dict[str, Any]:
+    """Write an artifact anew with a task's floats.
+
+    Args:
+        folder: the artifact that the floats were trained on.
+        floats: file that `tune_task` wrote.
+        out: folder of the new artifact.
+        overwrite: replace it.
+
+    Returns:
+        Folder and bytes.
+
+    Raises:
+        UsageError: the floats belong to another artifact.
+        CorruptCheckpoint: the file cannot be read.
+    """
+    source = _artifact(folder)
+    changed = _read_floats(floats, source.folder)
+    config = FissileConfig.from_dict(source.headers.config)
+
+    def provide(name: str) -> Tensor:
+        return changed[name] if name in changed else source.stored(name)
+
+    manifest = write_artifact(
+        out,
+        config,
+        source.family,
+        provide,
+        source=source.folder,
+        dtype=str(source.headers.config["dtype"]),
+        max_shard_bytes=_SHARD_BYTES,
+        origin=Origin(describe_source(source.headers)),
+        card=model_card,
+        overwrite=overwrite,
+    )
+    return {"out": str(out), "bytes": sum(e["bytes"] for e in manifest["files"].values())}
+
+
+def _artifact(folder: Path) -> CheckpointSource:
+    source = CheckpointSource(checkpoint_folder(folder))
+    if source.nested is None:
+        raise UsageError(f"{folder}: no artifact with bit-nested weights; see fissile quantize")
+    return source
+
+
+def _layer(source: CheckpointSource, layer_idx: int) -> QuantizedLayer:
+    """A layer of an artifact as the quantizer left it."""
+    assert source.nested is not None
+    prefix, nested, layer = f"{LAYER}{layer_idx}.", source.nested, QuantizedLayer()
+    for full in nested["modules"]:
+        if not full.startswith(prefix):
+            continue
+        name = full.removeprefix(prefix)
+        layer.groups[name] = nested["groups"].get(full, nested["group_size"])
+        layer.companding[name] = nested.get("companding", {}).get(full, 1.0)
+        layer.parts |= {f"{name}.{k}": part for k, part in source.parts(full).items()}
+    state = source.layer_state(layer_idx)
+    layer.kept = {name: x for name, x in state.items() if name not in layer.groups}
+    return layer
+
+
+def _identity(folder: Path) -> str:
+    """Hash of the weight files, as the manifest lists them."""
+    files = read_manifest(folder)["files"]
+    weights = {n: e["sha256"] for n, e in files.items() if n.endswith(".safetensors")}
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
+
+
+def _read_floats(path: Path, folder: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            base = (file.metadata() or {}).get("base")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as err:
+        raise CorruptCheckpoint(f"{path}: {err}") from None
+    if base != _identity(folder):
+        raise UsageError(f"{path}: these floats were trained on another artifact than {folder}")
+    return tensors
