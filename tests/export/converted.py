@@ -100,12 +100,16 @@ def _router_shapes(source: CheckpointSource, routing: dict[str, Any]) -> dict[st
 
 
 def write(
-    model: ConvertedSource, out: Path, *, group: int | None = None, dtype: str = "float32"
+    model: ConvertedSource,
+    out: Path,
+    *,
+    group: int | None = None,
+    dtype: str = "float32",
+    widths: tuple[int, ...] = (4,),
 ) -> Path:
-    """Write an artifact; with `group`, every linear is rounded to 2, 3 and 4 bits apart.
+    """Write an artifact; with `group`, every linear is rounded to 4 bits.
 
-    The widths of one code would nest; for the files any codes will do, so 4 bits are rounded and
-    the floats of 4 bits serve all.
+    For the files any floats will do: those of 4 bits serve all `widths`.
     """
     source: CheckpointSource = model.dense  # type: ignore[assignment]
     config = with_nested(model.config, None, None)
@@ -115,15 +119,16 @@ def write(
     if group is not None:
         nested = {
             "layout": 1,
-            "widths": [4],
+            "widths": list(widths),
             "group_size": group,
             "groups": {},
             "modules": wanted,
         }
         config = with_nested(model.config, nested, 4)
         for name in wanted:
-            for suffix, part in rtn(tensor_of(model, name), 4, group).parts().items():
-                parts[f"{name}.{suffix}"] = part
+            coded = rtn(tensor_of(model, name), 4, group).parts()
+            coded |= {f"theta_{k}": coded["theta_4"] for k in widths}
+            parts |= {f"{name}.{suffix}": part for suffix, part in coded.items()}
     write_artifact(
         out,
         config,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.export.converted import convert, write
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from fissile.config import Recipe
 from fissile.errors import CorruptCheckpoint, RecipeError
@@ -51,6 +51,7 @@ def test_rules_of_the_engines_hold(artifact: Path) -> None:
     [
         ({"auto_map": {"AutoConfig": "x"}}, "auto_map"),
         ({"backbone": {"activation": "gelu_pytorch_tanh"}}, "activation"),
+        ({"num_key_value_heads": 3}, "router's heads"),
     ],
 )
 def test_broken_rules_are_named(change: dict[str, Any], name: str, artifact: Path) -> None:
@@ -58,6 +59,12 @@ def test_broken_rules_are_named(change: dict[str, Any], name: str, artifact: Pat
     headers.config.update(change)
     broken = [rule for rule in engine_rules(ENGINES["vllm"], headers) if not rule.ok]
     assert [rule.name for rule in broken] == [name]
+
+
+def test_quantized_experts_keep_their_activation(nested: Path) -> None:
+    headers = open_checkpoint_headers(nested)
+    headers.config["backbone"] = {**headers.config["backbone"], "activation": "gelu"}
+    assert all(rule.ok for rule in engine_rules(ENGINES["vllm"], headers))
 
 
 def test_modules_are_what_fused_kernels_replace(artifact: Path) -> None:
@@ -130,6 +137,11 @@ PLANS: dict[str, tuple[dict[str, Any], str, str]] = {
     "constants": ({"recover": {}}, "mixtral", "recover.constants=false"),
     "dynamic": ({"route": {"kind": "layerwise", "dynamic_k": True}}, "glm4-moe", "dynamic_k"),
     "ridge": ({"route": {"kind": "layerwise"}}, "mixtral", "glm4-moe"),
+    "trained": (
+        {"route": {"kind": "layerwise", "selector": "mean_gate"}, "recover": {"constants": False}},
+        "mixtral",
+        "recover.train_router=false",
+    ),
     "servers": ({}, "gptq", "float weights only"),
     "llama.cpp": ({"top_k": 2}, "gguf", "extract.top_k=1"),
     "routed": ({}, "dense", "route.kind=static"),
@@ -161,6 +173,14 @@ def test_the_plan_refuses_what_cannot_be_exported(case: str, tiny_model: Path) -
 
 
 @pytest.mark.parametrize("target", ["mixtral", "qwen2-moe", "gguf"])
+def test_the_plan_refuses_gelu_where_engines_fuse_silu(target: str, copy_of_tiny: Path) -> None:
+    path = copy_of_tiny / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "gelu"}))
+    with pytest.raises(RecipeError, match=r"experts with gelu would run with silu.*trust_remote"):
+        make_plan(recipe_of({}, target), copy_of_tiny)
+
+
+@pytest.mark.parametrize("target", ["mixtral", "qwen2-moe", "gguf"])
 def test_the_plan_accepts_what_can_be(target: str, tiny_model: Path) -> None:
     assert make_plan(recipe_of({}, target), tiny_model).sizes.stored > 0
 
@@ -182,3 +202,31 @@ def test_a_run_without_constants_exports(
     stock = tmp_path / "stock"
     assert run_cli("export", out, "--to", "mixtral", "--out", stock)[0] == 0
     assert verify(stock, against=out).ok
+
+
+def test_a_layerwise_run_of_qwen3_becomes_qwen3_moe(
+    tiny_model: Path, tmp_path: Path, small_recipe: list[str], run_cli: Any
+) -> None:
+    """Two experts a token, chosen by linear routers without biases, with norms over heads."""
+    source = tmp_path / "qwen3"
+    torch.manual_seed(1)
+    fields = json.loads((tiny_model / "config.json").read_text())
+    kept = {k: v for k, v in fields.items() if k not in ("model_type", "architectures", "mlp_bias")}
+    Qwen3ForCausalLM(Qwen3Config(**kept)).save_pretrained(source)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny_model / name, source / name)
+    changes = ["recover.constants=false", "quantize.enabled=false", "export.dtype=float32"]
+    changes += ["route.kind=layerwise", "route.selector=mean_gate", "extract.top_k=2"]
+    changes += ["recover.train_router=false"]
+    words = [part for item in changes for part in ("--set", item)]
+    out, stock = tmp_path / "run", tmp_path / "stock"
+    code, _, err = run_cli(
+        *("run", "demo/moe-nested", "-q", "--model", source, "--out", out),
+        *(*small_recipe, *words, "--set", "export.targets=[qwen3-moe]"),
+        *("--stop-after", "export"),
+    )
+    assert code == 0, err
+    assert run_cli("export", out, "--to", "qwen3-moe", "--out", stock)[0] == 0
+    report = verify(stock, against=out)
+    assert report.ok, report
+    assert "tokens are the reference's" in report.checks[-1].detail

@@ -18,7 +18,8 @@ from fissile.models.source import CheckpointSource
 from fissile.refactor.convert import ConvertedSource, routing_of
 from fissile.refactor.partition import Partition
 
-TYPES = sorted(t for family in families.FAMILIES.values() for t in family.model_types)
+DENSE = [family for family in families.FAMILIES.values() if family.experts is None]
+TYPES = sorted(t for family in DENSE for t in family.model_types)
 FRESH = ("gemma3_text", "phi3", "olmo2")
 """Types that are also loaded in a process without fissile; one per norm layout."""
 DIMS: dict[str, Any] = {

@@ -18,6 +18,7 @@ from fissile.errors import UnsupportedModel
 from fissile.export.api import export, prepare
 from fissile.export.classes import stock_shapes
 from fissile.export.dense import lower_dense
+from fissile.export.engines import ENGINES, engine_rules
 from fissile.export.verify import verify
 from fissile.families import FAMILIES as FAMILIES_TABLE
 from fissile.io.headers import open_checkpoint_headers
@@ -40,8 +41,13 @@ CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "one of a layer": ("mixtral", "layerwise", 1, {"bias": 0.0}),
     "static": ("dense", "static", 1, {"shares": (1, 2)}),
 }
-ROUNDED: dict[str, tuple[str, str, int, dict[str, Any]]] = {
+PAIRED: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "glm4-moe": ("glm4-moe", "layerwise", 2, {"extra": {"selection_bias": True}}),
+    "three of four": ("glm4-moe", "layerwise", 3, {}),
+    "without biases": ("glm4-moe", "layerwise", 2, {"bias": 0.0}),
+    "one of glm4-moe": ("glm4-moe", "layerwise", 1, {}),
+}
+ROUNDED: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "several in mixtral": ("mixtral", "layerwise", 2, {"bias": 0.0}),
     "several in qwen2-moe": ("qwen2-moe", "layerwise", 3, {"bias": 0.0}),
 }
@@ -93,6 +99,31 @@ def row_distances(own: Any, stock: Any, ids: Tensor) -> Tensor:
     """Relative distance of the logits, row by row."""
     a, b = own(input_ids=ids).logits, stock(input_ids=ids).logits
     return (a - b).flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1)
+
+
+@pytest.mark.parametrize("case", PAIRED)
+def test_empty_experts_decide_and_weights_are_equal(
+    case: str, demo_model: Path, tmp_path: Path, ids: Tensor
+) -> None:
+    own, stock, cost = both(demo_model, tmp_path, PAIRED[case])
+    # Short rows: where two scores are nearly equal the choice may differ, and all that follows.
+    found = row_distances(own, stock, ids.reshape(-1, 8))
+    assert float((found < 5e-6).float().mean()) > 0.8
+    assert cost["weights_exact"] is True
+    assert cost["empty_experts"] == (0 if case == "one of glm4-moe" else 4)
+    if case == "one of glm4-moe":
+        return
+    chosen: list[Tensor] = []
+    gates = [layer.mlp.gate for layer in stock.model.layers]
+    hooks = [g.register_forward_hook(lambda _m, _x, out: chosen.append(out[2])) for g in gates]
+    with torch.no_grad():
+        stock(input_ids=ids)
+    assert len(chosen) == len(gates)
+    # Even places compute something; the empty experts beside them are never taken.
+    assert all(bool((index % 2 == 0).all()) for index in chosen)
+    assert len(torch.unique(torch.cat(chosen))) == 4
+    for hook in hooks:
+        hook.remove()
 
 
 @pytest.mark.parametrize("case", ROUNDED)
@@ -171,7 +202,7 @@ def test_pruned_with_biases_becomes_llama(demo_model: Path, tmp_path: Path, ids:
 def test_names_and_shapes_are_those_the_class_expects(
     case: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    target, kind, top_k, options = (CASES | ROUNDED)[case]
+    target, kind, top_k, options = (CASES | PAIRED)[case]
     artifact = write(convert(tiny_model, kind, top_k, **options), tmp_path / "artifact")  # type: ignore[arg-type]
     export(prepare(artifact, target), tmp_path / "stock", dtype="bfloat16")
     headers = open_checkpoint_headers(tmp_path / "stock")
@@ -181,6 +212,10 @@ def test_names_and_shapes_are_those_the_class_expects(
         report = verify(tmp_path / "stock", target=engine)
         assert report.ok, report
         assert any("tensors" in check.name for check in report.checks)
+    if case == "glm4-moe":  # the tiny model's head is tied
+        headers.config["tie_word_embeddings"] = True
+        broken = [rule.name for rule in engine_rules(ENGINES["vllm"], headers) if not rule.ok]
+        assert broken == ["tensors", "head"]
 
 
 def test_verify_starts_the_engine_and_judges_its_tokens(demo_model: Path, tmp_path: Path) -> None:

@@ -99,6 +99,54 @@ def test_rounds_never_hurt_a_row() -> None:
     assert float(losses[2].sum()) < 0.99 * float(losses[0].sum())
 
 
+def damped(hessian: Tensor) -> Tensor:
+    """The solver's objective: a ridge of a hundredth of the mean diagonal."""
+    ridge = 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    return (hessian + ridge).double()
+
+
+def test_scales_are_the_least_squares_solution_for_their_codes() -> None:
+    """With one code and zero each, the scales of a row are a linear problem in float64."""
+    weight, hessian = problem(seed=5)
+    solved = solve_integer_zeros(
+        weight, hessian, group_size=32, rounds=6, scale_dtype=torch.float32
+    )
+    root = torch.linalg.cholesky(damped(hessian))
+    steps = solved.codes.double() - solved.zero.double().repeat_interleave(32, 1)
+    exact = []
+    for row, target in zip(steps, weight.double(), strict=True):
+        columns = torch.block_diag(*row.unflatten(0, (-1, 32))[:, :, None])
+        exact.append(torch.linalg.lstsq(root.T @ columns, root.T @ target[:, None])[0][:, 0])
+    found, wanted = solved.scale.double(), torch.stack(exact)
+    # A row whose last step changed codes keeps the scales it was found with.
+    near = ((found - wanted).abs() <= 1e-3 * wanted.abs()).all(1)
+    assert float(near.double().mean()) > 0.5
+
+
+def improvable(rounds: int) -> float:
+    """Share of codes that a step of one, all else fixed, would make better."""
+    weight, hessian = problem(seed=5)
+    solved = solve_integer_zeros(
+        weight, hessian, group_size=32, rounds=rounds, scale_dtype=torch.float32
+    )
+    metric = damped(hessian)
+    scale = solved.scale.double().repeat_interleave(32, 1)
+    codes = solved.codes.double()
+    pull = (solved.dequantize().double() - weight.double()) @ metric
+    better = torch.zeros_like(codes, dtype=torch.bool)
+    for step in (-1.0, 1.0):
+        change = 2 * step * scale * pull + scale.square() * metric.diagonal()
+        inside = (codes + step >= 0) & (codes + step <= 15)
+        better |= (change < 0) & inside
+    return float(better.double().mean())
+
+
+def test_codes_descend_until_no_single_step_helps() -> None:
+    start, end = improvable(0), improvable(8)
+    assert start > 0.02
+    assert end < start / 4
+
+
 def test_rows_of_zeros_and_constants_survive() -> None:
     weight, hessian = problem()
     weight[0], weight[1] = 0.0, 0.25

@@ -22,7 +22,7 @@ def add_parser(subparsers: Subparsers) -> Parser:
         description="Express an artifact as a class that engines have already, without remote code "
         "or plug-in. What cannot be expressed exactly is refused before anything is written, with "
         "the reason and the alternative.",
-        example="fissile export runs/demo --to mixtral --out demo-mixtral",
+        example="fissile export nested --to dense --bits 4 --out nested-dense",
     )
     parser.add_argument("folder", metavar="DIR", help="an artifact, run folder or dense checkpoint")
     parser.add_argument(

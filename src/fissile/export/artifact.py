@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fissile.export.folder import add_config, seal
 from fissile.families.artifact import artifact_tensors
 from fissile.families.base import Family
-from fissile.io.hub import copied_files
-from fissile.io.manifest import Origin, write_manifest
+from fissile.io.manifest import Origin
 from fissile.io.publish import atomic_write_bytes, published
 from fissile.io.writer import DTYPE_NAMES, PlannedTensor, ShardWriter
 from fissile.models.configuration_fissile import FissileConfig
@@ -88,17 +87,11 @@ def write_artifact(
                 if tensor.is_floating_point():
                     tensor = tensor.to(getattr(torch, dtype))
                 writer.write(planned.name, tensor)
-        text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-        atomic_write_bytes(folder / "config.json", text.encode())
+        add_config(folder, fields, source)
         for path in CODE_FILES:
             code = portable(path.read_text(encoding="utf-8"))
             atomic_write_bytes(folder / path.name, code.encode())
-        for path in copied_files(source):
-            shutil.copyfile(path, folder / path.name)
-        atomic_write_bytes(folder / "README.md", card(folder).encode())
-        for path in folder.iterdir():
-            path.chmod(0o644)
-        return write_manifest(folder, origin)
+        return seal(folder, card(folder), origin)
 
 
 def config_dict(config: FissileConfig, dtype: str) -> dict[str, Any]:

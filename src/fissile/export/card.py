@@ -72,7 +72,13 @@ def _limits(config: Mapping[str, Any], cost: Mapping[str, Any]) -> list[str]:
             "- Float16 is too narrow for the router's layer; serve in float32 or bfloat16. In"
             " bfloat16 a choice between nearly equal experts can differ from float32's."
         )
-    if cost.get("weights_exact") is False:
+    if cost.get("empty_experts"):
+        lines.append(
+            "- Beside every routed expert stands an empty one whose score decides, so that weights"
+            " are exactly equal; routed experts take twice the memory. A choice between nearly"
+            " equal scores can differ."
+        )
+    if cost.get("weights_exact") is False and "quantization_config" not in config:
         lines.append(
             "- Chosen experts weigh one up to some ten-thousandths, and a choice between nearly"
             " equal scores can differ."

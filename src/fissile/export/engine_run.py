@@ -1,6 +1,7 @@
 """Start an engine in a process of its own and let it continue token ids greedily.
 
 An engine that is not installed is not an error of the folder: `available` says why it was left out.
+vLLM and llama.cpp may live in environments of their own, which variables name.
 """
 
 from __future__ import annotations
@@ -12,13 +13,36 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fissile.errors import UnsupportedModel
 
 NODE_FOLDER = "FISSILE_NODE_LLAMA_CPP"
 """Environment variable: folder with node_modules/node-llama-cpp."""
+
+VLLM_PYTHON = "FISSILE_VLLM_PYTHON"
+"""Environment variable: the Python interpreter of an environment with vLLM."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine appended.
+
+    Attributes:
+        tokens: ids by prompt.
+        logprobs: natural logarithms of their probabilities, where the engine tells.
+        prompt_logprobs: the same of the prompts' tokens but the first.
+        nested_bytes: memory of nested weights, where the engine tells.
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]] | None = None
+    prompt_logprobs: list[list[float]] | None = None
+    nested_bytes: int | None = None
+
 
 _TRANSFORMERS = """
 import json, sys
@@ -86,26 +110,37 @@ def available(engine: str) -> str | None:
     """None if the engine can be started here, else why not."""
     if engine == "transformers":
         return None
-    if engine == "llama.cpp":
-        if importlib.util.find_spec("llama_cpp") or _node_home():
+    if engine == "vllm":
+        if _vllm_python():
             return None
-        return (
-            f"neither llama-cpp-python is installed nor does {NODE_FOLDER} name a folder with"
-            " node-llama-cpp"
-        )
-    return f"{engine} is not started by this command; its rules were checked"
+        return f"vllm is not installed, and {VLLM_PYTHON} names no interpreter that has it"
+    if importlib.util.find_spec("llama_cpp") or _node_home():
+        return None
+    return (
+        f"neither llama-cpp-python is installed nor does {NODE_FOLDER} name a folder with"
+        " node-llama-cpp"
+    )
 
 
 def greedy(
-    engine: str, path: Path, prompts: Sequence[Sequence[int]], count: int
-) -> list[list[int]]:
+    engine: str,
+    path: Path,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    *,
+    bits: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Answer:
     """Greedy continuations.
 
     Args:
-        engine: "transformers" (a folder, loaded without fissile) or "llama.cpp" (a GGUF file).
+        engine: "transformers" (a folder, loaded without fissile), "vllm" (a folder, all prompts at
+            once) or "llama.cpp" (a GGUF file).
         path: what it loads.
         prompts: token ids.
         count: tokens to append to each; the end of a text is not looked for.
+        bits: width of an artifact's nested weights, for vLLM; default the one in its config.json.
+        options: more arguments of `vllm.LLM`.
 
     Raises:
         UnsupportedModel: the engine failed; the message is its last line.
@@ -116,6 +151,7 @@ def greedy(
             path / "config.json"
         ).read_text("utf-8")
         asked = {"prompts": [list(p) for p in prompts], "count": count, "remote": remote}
+        asked["options"] = {**({"hf_overrides": {"bits": bits}} if bits else {}), **(options or {})}
         Path(request).write_text(json.dumps(asked))
         command = _command(engine, work, str(path.resolve()), request, answer)
         private = {
@@ -130,18 +166,29 @@ def greedy(
             lines = done.stderr.strip().splitlines() or ["no output"]
             last = next((line for line in reversed(lines) if "Error" in line), lines[-1])
             raise UnsupportedModel(f"{engine} failed with exit code {done.returncode}: {last}")
-        return [list(map(int, ids)) for ids in json.loads(Path(answer).read_text())]
+        found = json.loads(Path(answer).read_text())
+    return Answer(**found) if isinstance(found, dict) else Answer(found)
 
 
 def _command(engine: str, work: str, path: str, request: str, answer: str) -> list[str]:
     if engine == "transformers":
         return [sys.executable, "-I", "-c", _TRANSFORMERS, path, request, answer]
+    if engine == "vllm":
+        script = str(Path(__file__).with_name("run_vllm.py"))
+        return [_vllm_python() or sys.executable, script, path, request, answer]
     if home := _node_home():
         # A file: the processes that node-llama-cpp starts would inherit the flags of `node -e`.
-        script = Path(work) / "run.mjs"
-        script.write_text(_LLAMA_NODE)
-        return ["node", str(script), home, path, request, answer]
+        module = Path(work) / "run.mjs"
+        module.write_text(_LLAMA_NODE)
+        return ["node", str(module), home, path, request, answer]
     return [sys.executable, "-c", _LLAMA_PYTHON, path, request, answer]
+
+
+def _vllm_python() -> str | None:
+    named = os.environ.get(VLLM_PYTHON)
+    if named and Path(named).is_file():
+        return named
+    return sys.executable if importlib.util.find_spec("vllm") else None
 
 
 def _node_home() -> str | None:

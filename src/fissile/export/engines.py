@@ -32,7 +32,7 @@ class Engine:
         derived_heads: model types whose head size it takes as width / heads.
         formats: quantization methods to the widths that it has kernels for; with whether they may
             be asymmetric.
-        head_sizes: head sizes its attention has kernels for; empty: any.
+        untied: model types whose head it never gives the embeddings' weight.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Engine:
     remote: bool = False
     fused_silu: bool = False
     derived_heads: tuple[str, ...] = ()
+    untied: tuple[str, ...] = ()
     formats: Mapping[str, tuple[tuple[int, ...], bool]] | None = None
 
 
@@ -52,6 +53,7 @@ VLLM = Engine(
     remote=True,
     fused_silu=True,
     derived_heads=("qwen2", "qwen2_moe"),
+    untied=("glm4_moe",),
     formats={"compressed-tensors": ((4, 8), True), "gptq": ((4, 8), False)},
 )
 LLAMA_CPP = Engine(
@@ -102,11 +104,39 @@ def _artifact_rules(engine: Engine, config: Mapping[str, Any]) -> Iterator[Rule]
     missing = [name for name in AUTO_CLASSES if name not in config.get("auto_map", {})]
     detail = f"{missing[0]} is missing" if missing else ", ".join(AUTO_CLASSES)
     yield Rule("auto_map", not missing, detail)
+    if engine is not VLLM:
+        return
     routing, activation = config.get("routing"), config["backbone"]["activation"]
-    if engine.fused_silu and routing is not None and routing["kind"] != "static":
+    if _fused_experts(config):
         ok = activation in SILU
         detail = f"experts use {activation}; fused ones are computed with silu"
-        yield Rule("activation", ok, detail)
+        yield Rule("activation", ok, detail if ok else f"{detail}; quantize them for the plug-in")
+    if routing is not None and routing["kind"] == "pregate":
+        yield from _router_rules(config)
+
+
+def _fused_experts(config: Mapping[str, Any]) -> bool:
+    """Whether some experts are what the engine takes into its own hands: float and disjoint."""
+    routing = config.get("routing")
+    if routing is None or routing["kind"] == "static" or routing["layout"] == "membership":
+        return False
+    nested = (config.get("nested") or {}).get("modules", ())
+    experts = {name for name in nested if name.endswith(".mlp.experts.down_proj")}
+    return len(experts) < sum(size > 0 for size in routing["expert_sizes"])
+
+
+def _router_rules(config: Mapping[str, Any]) -> Iterator[Rule]:
+    """The router's keys and values lie in a cache that has the backbone's geometry."""
+    router = config["routing"]["router"]
+    block = router.get("block", "attention")
+    if block == "token":
+        return
+    heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
+    own_keys = router.get("query_heads", 4) if block == "readme" else keys
+    own = router.get("query_heads", own_keys)
+    ok = own_keys == keys and heads % own == 0
+    detail = f"{own} query and {own_keys} key heads; the backbone has {heads} and {keys}"
+    yield Rule("router's heads", ok, detail)
 
 
 def _tensors_rule(headers: CheckpointHeaders) -> Rule:
@@ -133,6 +163,9 @@ def _class_rules(engine: Engine, config: Mapping[str, Any]) -> Iterator[Rule]:
         size = config.get("head_dim") or hidden // heads
         detail = f"{size} for width {hidden} and {heads} heads"
         yield Rule("head size", size * heads == hidden, detail)
+    if kind in engine.untied:
+        tied = bool(config.get("tie_word_embeddings", False))
+        yield Rule("head", not tied, "tied to the embeddings" if tied else "a weight of its own")
     if engine is LLAMA_CPP:
         reasons = list(gguf_problems(config))
         yield Rule("architecture", not reasons, reasons[0] if reasons else kind)

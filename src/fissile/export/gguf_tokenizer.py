@@ -55,11 +55,26 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
     if found["model"] == "llama":
         # SentencePiece's BPE merges the pair of highest score; ids follow the order of merges.
         found["scores"] = [-float(i) for i in range(vocab_size)]
+        found["add_space_prefix"] = _space_prefix(path, data)
     found |= _special(data, settings, {text: i for i, text in enumerate(texts)})
     template = folder / "chat_template.jinja"
     chat = template.read_text("utf-8") if template.is_file() else settings.get("chat_template")
     found = {f"ggml.{key}": value for key, value in found.items()}
     return found | ({"chat_template": chat} if isinstance(chat, str) else {})
+
+
+def _space_prefix(path: Path, data: Mapping[str, Any]) -> bool:
+    """Whether a text of SentencePiece's kind is cut as if it began with a space."""
+    steps = [*_steps(data.get("normalizer") or {}), *_steps(data.get("pre_tokenizer") or {})]
+    for step in steps:
+        known = step["type"] in ("Prepend", "Replace", "Metaspace")
+        if not known or "▁" not in (step.get(key) for key in ("prepend", "content", "replacement")):
+            raise UnsupportedModel(
+                f"{path}: step {step['type']!r} has no counterpart in llama.cpp's SentencePiece"
+            )
+    kinds = {step["type"]: step for step in steps}
+    metaspace = kinds.get("Metaspace", {})
+    return "Prepend" in kinds or metaspace.get("prepend_scheme", "never") != "never"
 
 
 def _bytes_bpe(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +103,7 @@ def _rules(path: Path, data: Mapping[str, Any]) -> str:
 
 def _steps(step: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     if step.get("type") == "Sequence":
-        for inner in step["pretokenizers"]:
+        for inner in step.get("pretokenizers") or step.get("normalizers") or ():
             yield from _steps(inner)
     elif step:
         yield step

@@ -37,6 +37,7 @@ class Host:
         head_size: head size may differ from width / heads in every engine that serves it.
         expert_size_field: config field of an expert's width.
         experts_field: config field of their number.
+        ties: every engine that serves it gives the head the embeddings' weight where they are tied.
         gguf: architecture in GGUF files; None if llama.cpp cannot read what we write.
     """
 
@@ -55,6 +56,7 @@ class Host:
     head_size: bool = True
     expert_size_field: str = "moe_intermediate_size"
     experts_field: str = "num_experts"
+    ties: bool = True
     gguf: str | None = None
 
 
@@ -101,6 +103,7 @@ GLM4_MOE = Host(
     qk_norm="config",
     bias="qkv",
     experts_field="n_routed_experts",
+    ties=False,  # vLLM's class has a head of its own and no word for a missing weight
 )
 HOSTS: Mapping[str, Host] = {host.name: host for host in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE)}
 
@@ -230,7 +233,8 @@ def _layerwise_problems(host: Host, routing: Mapping[str, Any], known: Known) ->
     elif known.selector_bias and not host.correction:
         yield (
             f"{host.name}: its router has no bias, this model's has one; use glm4-moe, whose "
-            "correction bias holds it"
+            "correction bias holds it, or convert with route.selector=mean_gate and "
+            "recover.train_router=false"
         )
 
 

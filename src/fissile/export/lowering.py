@@ -6,9 +6,12 @@ itself, one Llama-style block, becomes one more layer in front. The spare dimens
 small that no norm notices them, and norms are rescaled to the wider stream:
 rms_D(h)^2 + eps d/D = (d/D)(rms_d(h)^2 + eps).
 
-Layer-wise linear routers: stock classes weigh experts by their scores, ours add them up. Scores
-multiplied by a small power of two keep their order and become equal, so that k chosen ones weigh
-1/k each after normalisation; k is restored by the class or in the down projection.
+Layer-wise linear routers: stock classes weigh experts by their scores, ours add them up. Where a
+class chooses groups of experts by the sum of their two best scores, every expert gets a group of
+its own with an empty expert: the empty one's score decides, and the real one's is always one half,
+so that weights are exactly equal. Elsewhere scores are multiplied by a small power of two, which
+keeps their order and makes them about equal. K chosen ones weigh 1/K each after normalisation; K is
+restored by the class or in the down projection.
 
 Shapes: d model width, D width of the host, E routed experts, K chosen, S shared neurons, M neurons
 per expert, C = H*E score dimensions of H router heads, A width of the router's attention.
@@ -102,9 +105,12 @@ class _Lowering:
         self.dims: Dims = dims_of(family, config)
         self.routing: dict[str, Any] = config["routing"]
         self.pregate = self.routing["kind"] == "pregate"
+        self.tied = self.dims.tied and host.ties
         router = self.routing["router"] if self.pregate else {}
         self.attends = self.pregate and router.get("block", "attention") == "attention"
         self.experts, self.top_k = self.routing["num_experts"], self.routing["top_k"]
+        # Of one expert a token the weight is one whatever its score.
+        self.paired = host.correction and self.top_k > 1
         self.router_dim = router["attention_dim"] if self.attends else 0
         self.inner = router["inner_dim"] if self.attends else 0
         heads = self.dims.layers if self.routing["per_layer"] else 1
@@ -116,6 +122,7 @@ class _Lowering:
         # A key norm divides by sqrt(mean k^2 + eps) with the host's smaller eps: shrink k with it.
         self.key_factor = self.ratio if family.qk_norm == "head" else 1.0
         self.shared_size, self.expert_size = self._sizes()
+        self.all_experts = self.experts * (2 if self.paired else 1)
 
     def _sizes(self) -> tuple[int, int]:
         """Neurons of the host's shared expert and of its routed experts, alike in all layers."""
@@ -140,8 +147,8 @@ class _Lowering:
         width = self.width
         final = Piece("model.norm.weight", factor=self.ratio)
         targets.append(Target("model.norm.weight", (width,), (final,)))
-        if not self.dims.tied:
-            head = (Piece("lm_head.weight"),)
+        if not self.tied:
+            head = (Piece("model.embed_tokens.weight" if self.dims.tied else "lm_head.weight"),)
             targets.append(Target("lm_head.weight", (self.dims.vocab, width), head))
         lowered = Lowered(self._config(first), tuple(targets), self.measured.made, {})
         return replace(lowered, cost=self._cost(lowered, first))
@@ -159,7 +166,8 @@ class _Lowering:
             "computed_neurons_before": self._computed(),
             "parameters": lowered.parameters,
             "parameters_before": stored,
-            "weights_exact": self.pregate or self.top_k == 1,
+            "empty_experts": self.all_experts - self.experts,
+            "weights_exact": self.pregate or self.top_k == 1 or self.paired,
         }
 
     def _computed(self) -> float:
@@ -191,11 +199,11 @@ class _Lowering:
             "head_dim": self.dims.head_dim,
             "hidden_act": "silu",
             "rms_norm_eps": self.config["rms_norm_eps"] * self.ratio**2,
-            "tie_word_embeddings": self.dims.tied,
+            "tie_word_embeddings": self.tied,
             "attention_dropout": 0.0,
             "use_cache": True,
             "num_experts_per_tok": self.top_k,
-            self.host.experts_field: self.experts,
+            self.host.experts_field: self.all_experts,
             # Where an expert has a field of its own, this is the width of dense layers: there are
             # none.
             "intermediate_size": self.expert_size,
@@ -206,7 +214,10 @@ class _Lowering:
             config["routed_scaling_factor"] = float(self.top_k)
         elif self.host.shared == "gated":
             config["shared_expert_intermediate_size"] = self.shared_size
-        return config | class_fields(self.host, self.family, self.config)
+        config |= class_fields(self.host, self.family, self.config)
+        if self.paired:
+            config |= {"n_group": self.experts, "topk_group": self.top_k}
+        return config
 
     # -- layers ----------------------------------------------------------------------------------
 
@@ -269,7 +280,11 @@ class _Lowering:
             if inside:
                 add_shared(pieces, mlp, 1.0)
             add_expert(pieces, mlp, self.routing, i, e, sizes[e], inside, factor)
-            yield from self._gated(f"{block}.experts.{e}", pieces, self.expert_size)
+            place = 2 * e if self.paired else e
+            yield from self._gated(f"{block}.experts.{place}", pieces, self.expert_size)
+            if self.paired:
+                empty: dict[str, list[Piece]] = {"gate": [], "up": [], "down": []}
+                yield from self._gated(f"{block}.experts.{place + 1}", empty, self.expert_size)
         if self.host.shared != "none":
             pieces = {"gate": [], "up": [], "down": []}
             if shared:
@@ -277,20 +292,24 @@ class _Lowering:
             yield from self._shared(block, pieces)
 
     def _gate(self, i: int, block: str) -> Iterator[Target]:
-        shape, name = (self.experts, self.width), f"{block}.gate.weight"
+        shape, name = (self.all_experts, self.width), f"{block}.gate.weight"
         if self.pregate:
             head = i if self.routing["per_layer"] else 0
             at = (0, self.code_at + head * self.experts)
             yield Target(name, shape, (Piece("made.gate", at=at),))
             return
         scales = self.measured.selector_scales
-        factor = scales[i] if scales else 1.0
-        weight = Piece(f"model.layers.{i}.mlp.selector.weight", factor=factor)
-        yield Target(name, shape, (weight,))
+        factor, source = scales[i] if scales else 1.0, f"model.layers.{i}.mlp.selector.weight"
+        if not self.paired:
+            yield Target(name, shape, (Piece(source, factor=factor),))
+        else:
+            rows = range(self.experts)
+            pieces = (Piece(source, (2 * e + 1, 0), rows=(e, e + 1), factor=factor) for e in rows)
+            yield Target(name, shape, tuple(pieces))
         if self.host.correction:
             bias = (Piece(f"made.correction.{i}"),)
             name = f"{block}.gate.e_score_correction_bias"
-            yield Target(name, (self.experts,), bias, exact=True)
+            yield Target(name, (self.all_experts,), bias, exact=True)
 
     def _gated(self, name: str, pieces: Mapping[str, list[Piece]], size: int) -> Iterator[Target]:
         gate, up, down = self.host.linears

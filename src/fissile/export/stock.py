@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,12 @@ from typing import Any
 import torch
 
 from fissile.export.card import gguf_card, stock_card
+from fissile.export.folder import add_config, seal
 from fissile.export.gguf_file import write_gguf
 from fissile.export.pieces import Fetch, Lowered, materialise
 from fissile.export.weights import Weights
-from fissile.io.hub import copied_files
-from fissile.io.manifest import Origin, write_manifest
-from fissile.io.publish import atomic_write_bytes, published
+from fissile.io.manifest import Origin
+from fissile.io.publish import published
 from fissile.io.writer import DTYPE_NAMES, PlannedTensor, ShardWriter
 
 SHARD_BYTES = 5_000_000_000
@@ -68,14 +66,8 @@ def finish_folder(
     folder: Path, config: dict[str, Any], cost: Mapping[str, Any], source: Path, origin: Origin
 ) -> dict[str, Any]:
     """Add configuration, tokenizer, card and manifest to a folder of weights."""
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    atomic_write_bytes(folder / "config.json", text.encode())
-    for path in copied_files(source):
-        shutil.copyfile(path, folder / path.name)
-    atomic_write_bytes(folder / "README.md", stock_card(config, cost, source.name).encode())
-    for path in folder.iterdir():
-        path.chmod(0o644)
-    return write_manifest(folder, origin)
+    add_config(folder, config, source)
+    return seal(folder, stock_card(config, cost, source.name), origin)
 
 
 def write_gguf_folder(
@@ -99,7 +91,4 @@ def write_gguf_folder(
             folder / "model.gguf", lowered, weights, dtype=dtype, codes=codes, name=name
         )
         text = gguf_card(lowered.config, {**lowered.cost, "tensors": kinds}, name)
-        atomic_write_bytes(folder / "README.md", text.encode())
-        for path in folder.iterdir():
-            path.chmod(0o644)
-        return write_manifest(folder, origin)
+        return seal(folder, text, origin)

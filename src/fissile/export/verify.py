@@ -9,7 +9,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,13 @@ from fissile import families, models
 from fissile.errors import FissileError, UnsupportedModel
 from fissile.export.artifact import CODE_FILES, portable
 from fissile.export.checks import Check, VerifyReport
-from fissile.export.verify_engines import GGUF_FILE, find_engine, rule_checks, stock_checks
+from fissile.export.verify_engines import (
+    GGUF_FILE,
+    find_engine,
+    rule_checks,
+    started,
+    stock_checks,
+)
 from fissile.io.headers import CheckpointHeaders, checkpoint_folder, open_checkpoint_headers
 from fissile.io.hub import copied_files
 from fissile.io.manifest import check_manifest
@@ -71,6 +78,8 @@ def verify(
     ]
     if target == "transformers":
         steps.append(lambda: _reload(path, headers))
+    elif target == "vllm":
+        steps += [partial(started, path, engine, path, width) for width in _served(headers)]
     if against is not None:
         steps += [lambda: _tokenizer(path, against), lambda: _dense(path, headers, against)]
     checks: list[Check] = []
@@ -143,6 +152,10 @@ def probe_ids(vocab_size: int) -> Tensor:
 def _widths(headers: CheckpointHeaders) -> list[int]:
     nested = headers.config.get("nested")
     return list(nested["widths"]) if nested else []
+
+
+def _served(headers: CheckpointHeaders) -> Sequence[int | None]:
+    return _widths(headers) or [None]
 
 
 def _reload(path: Path, headers: CheckpointHeaders) -> Iterator[Check]:

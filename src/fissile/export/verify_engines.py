@@ -6,6 +6,7 @@ Shapes: B prompts, S tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fissile.errors import UnsupportedModel
 from fissile.export.checks import Check
-from fissile.export.engine_run import available, greedy
+from fissile.export.engine_run import Answer, available, greedy
 from fissile.export.engines import ENGINES, Engine, engine_rules
 from fissile.export.gguf_file import load_gguf
 from fissile.export.weights import open_weights
@@ -71,15 +72,31 @@ def stock_checks(
     elif engine.name != "llama.cpp":
         yield Check("class", False, f"{GGUF_FILE} is read by llama.cpp, not by {engine.name}")
         return
-    reason = available(engine.name)
-    if reason is not None:
-        yield Check(f"{engine.name} generates", True, f"not started: {reason}")
-        return
     if against is not None and file.is_file():
         margin = ROUNDED_MARGIN if _has_codes(file) else MARGIN
-        yield from _tokens(file, engine, against, bits, margin)
+        yield from started(file, engine, against, bits, margin)
     elif against is not None:
-        yield from _tokens(path, engine, against, bits, MARGIN)
+        yield from started(path, engine, against, bits, MARGIN)
+
+
+def started(
+    path: Path, engine: Engine, against: Path, bits: int | None, margin: float = MARGIN
+) -> Iterator[Check]:
+    """Start an engine, where it is installed, and compare what it generates with a reference.
+
+    Args:
+        path: what the engine loads.
+        engine: which one.
+        against: the artifact or checkpoint that the reference is.
+        bits: width of `against`, and of `path` where that is the same artifact.
+        margin: largest lead in logits of the reference's best token over the engine's.
+    """
+    at_width = f" at {bits} bits" if bits else ""
+    reason = available(engine.name)
+    if reason is not None:
+        yield Check(f"{engine.name} generates{at_width}", True, f"not started: {reason}")
+        return
+    yield from _tokens(path, engine, against, bits, margin, at_width)
 
 
 def _has_codes(file: Path) -> bool:
@@ -99,38 +116,65 @@ def _finite(headers: CheckpointHeaders) -> Iterator[Check]:
 
 
 def _tokens(
-    path: Path, engine: Engine, against: Path, bits: int | None, margin: float
+    path: Path, engine: Engine, against: Path, bits: int | None, margin: float, at_width: str
 ) -> Iterator[Check]:
     """Every token the engine chose is the reference's best, given the engine's own history."""
     model = StreamedModel(open_weights(against, bits).source)
     generator = torch.Generator().manual_seed(0)
     shape = (PROMPTS, PROMPT_TOKENS)
     prompts = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    own = bits if path == against else None
     try:
-        answers = greedy(engine.name, path, prompts.tolist(), NEW_TOKENS)
+        answer = greedy(engine.name, path, prompts.tolist(), NEW_TOKENS, bits=own)
     except UnsupportedModel as err:
-        yield Check(f"{engine.name} generates", False, str(err))
+        yield Check(f"{engine.name} generates{at_width}", False, str(err))
         return
-    lead, equal = judge(model, prompts, torch.tensor(answers))
-    detail = f"{equal} of {len(answers) * NEW_TOKENS} tokens are the reference's, lead {lead:.1e}"
-    yield Check(f"{engine.name} generates the reference's tokens", lead <= margin, detail)
+    verdict = judge(model, prompts, answer)
+    detail = (
+        f"{verdict.equal} of {PROMPTS * NEW_TOKENS} tokens are the reference's,"
+        f" lead {verdict.lead:.1e}"
+    )
+    name = f"{engine.name} generates the reference's tokens{at_width}"
+    yield Check(name, verdict.lead <= margin, detail)
+    if answer.logprobs is not None:
+        detail = f"largest difference {verdict.logprob:.1e}"
+        yield Check(
+            f"{engine.name}'s log-probabilities{at_width}", verdict.logprob <= MARGIN, detail
+        )
 
 
-def judge(model: StreamedModel, prompts_BS: Tensor, answers_BT: Tensor) -> tuple[float, int]:
+@dataclass(frozen=True)
+class Verdict:
     """How far greedy answers are from a reference's choices.
+
+    Attributes:
+        lead: largest lead in logits of the reference's best token over the engine's.
+        equal: tokens that are the reference's own.
+        logprob: largest difference of log-probabilities; 0 where the engine tells none.
+    """
+
+    lead: float
+    equal: int
+    logprob: float = 0.0
+
+
+def judge(model: StreamedModel, prompts_BS: Tensor, answer: Answer) -> Verdict:
+    """Compare an engine's tokens with a reference that is given the engine's own history.
 
     Args:
         model: the reference.
         prompts_BS: int64.
-        answers_BT: int64, tokens that an engine appended.
-
-    Returns:
-        The largest lead in logits of the reference's best token over the engine's, and how many
-        tokens are the reference's own.
+        answer: of the engine, to the same prompts.
     """
+    answers_BT = torch.tensor(answer.tokens)
     ids = torch.cat([prompts_BS, answers_BT], dim=1)
     first = prompts_BS.shape[1] - 1
     logits_BTV = model.forward(ids)[:, first:-1]
     best = logits_BTV.max(-1)
     chosen = logits_BTV.gather(-1, answers_BT[..., None])[..., 0]
-    return float((best.values - chosen).max()), int((best.indices == answers_BT).sum())
+    lead = float((best.values - chosen).max())
+    equal = int((best.indices == answers_BT).sum())
+    if answer.logprobs is None:
+        return Verdict(lead, equal)
+    own = chosen - logits_BTV.logsumexp(-1)
+    return Verdict(lead, equal, float((own - torch.tensor(answer.logprobs)).abs().max()))

@@ -25,10 +25,18 @@ from fissile.models.stream import StreamedModel
 BLOCK = 32
 """Inputs that share a scale and a zero in Q4_1 and Q5_1."""
 
-SCORE_SPREAD = {"sigmoid": 2.0**-10, "softmax": 2.0**-11}
-"""Spread of a layer-wise router's scores in a stock class, by how it makes weights of them. Weights
-of the chosen experts then differ by some ten-thousandths, and float32 still tells apart scores that
-differ by as much of their spread: smaller or larger, one of the two gets worse."""
+SCORE_SPREAD = {"sigmoid": 2.0**-8, "softmax": 2.0**-11}
+"""Spread of a layer-wise router's scores in a stock class, by how it makes weights of them. Behind
+a sigmoid the score only decides, with an offset outside of it: larger, and the sigmoid bends;
+smaller, and float32 tells fewer of them apart. Behind a softmax the chosen experts' weights differ
+by some ten-thousandths, and float32 still tells apart scores that differ by as much of their
+spread."""
+
+FREE_SPREAD = 2.0**-2
+"""The same behind a sigmoid without offsets: a bend that all experts share keeps their order."""
+
+EQUAL_SCORE = 2.0**-4
+"""What remains of one half, the score of every expert that computes something."""
 
 
 class Coded(NamedTuple):
@@ -134,9 +142,13 @@ def measure(weights: Weights, host: Host | None = None) -> Measured:
         size = float(embedding.double().square().mean().sqrt())
         scale = CODE_SCALE * 2.0 ** round(math.log2(size)) if size > 0 else CODE_SCALE
         weights.made |= _pregate_made(weights, scale)
-        return Measured(known, scale, (), weights.made)
-    spread = SCORE_SPREAD[host.scoring]
-    scales = tuple(_selector_scale(weights, i, spread) for i in range(config.num_base_layers))
+        return Measured(known, scale, made=weights.made)
+    free = host.correction and not known.selector_bias
+    spread = FREE_SPREAD if free else SCORE_SPREAD[host.scoring]
+    # Of one expert a token the weight is one whatever its score; a correction wants small scores.
+    exact = routing["top_k"] == 1 and not host.correction
+    layers = range(config.num_base_layers)
+    scales = tuple(1.0 if exact else _selector_scale(weights, i, spread) for i in layers)
     for i, scale in enumerate(scales):
         weights.made[f"made.correction.{i}"] = _correction(weights, i, scale)
     return Measured(known, CODE_SCALE, scales, weights.made)
@@ -173,12 +185,8 @@ def _offsets(weights: Weights, layer: int) -> Tensor:
 def _selector_scale(weights: Weights, layer: int, wanted: float) -> float:
     """Power of two that gives a router's scores about the wanted spread.
 
-    The FFN's input has unit mean square per dimension before the norm's weights. With one expert a
-    token the weights are one whatever the scores are.
+    The FFN's input has unit mean square per dimension before the norm's weights.
     """
-    routing = weights.config.routing or {}
-    if routing["top_k"] == 1:
-        return 1.0
     norm = weights.read(f"{LAYER}{layer}.{_mlp_norm(weights.config)}.weight")
     weight_ED = weights.read(f"{LAYER}{layer}.mlp.selector.weight") * norm
     spread = float((weight_ED - weight_ED.mean(0)).norm(dim=1).square().mean().sqrt())
@@ -191,8 +199,23 @@ def _mlp_norm(config: FissileConfig) -> str:
 
 
 def _correction(weights: Weights, layer: int, scale: float) -> Callable[[], Tensor]:
-    """The bias of the choice: sigmoid(s z) = 1/2 + s z / 4 up to a cube, so offsets are s b / 4."""
-    return lambda: _offsets(weights, layer) * (scale / 4)
+    """The bias of the choice: sigmoid(s z) = 1/2 + s z / 4 up to a cube, so offsets are s b / 4.
+
+    Less the half: near zero the sum of score and bias is not rounded. With several experts a token
+    every other one computes nothing and has the score, see lowering.py.
+    """
+    routing = weights.config.routing or {}
+
+    def made() -> Tensor:
+        offset_E = _offsets(weights, layer).double() * (scale / 4) - 0.5
+        if routing["top_k"] == 1:
+            return offset_E.float()
+        # Without offsets scores reach far: what computes must be above all of them.
+        above = EQUAL_SCORE if bool((offset_E != offset_E[0]).any()) else 0.5
+        equal_E = torch.full_like(offset_E, above - 0.5)
+        return torch.stack([equal_E, offset_E], dim=1).flatten().float()
+
+    return made
 
 
 def _pregate_made(weights: Weights, scale: float) -> dict[str, Callable[[], Tensor]]:

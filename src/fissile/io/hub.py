@@ -43,11 +43,16 @@ def resolve_source(source: str, *, download: bool = False, revision: str | None 
         folder = checkpoint_folder(path)
         weight_files(folder)
         return folder
-    if not _HUB_ID.fullmatch(source):
+    if not is_hub_id(source):
         raise UsageError(f"{source}: no such folder")
     if not download:
         raise UsageError(f"{source}: no such folder; if it is a hub id, add --download to fetch it")
     return _download(source, revision)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form org/name."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def _download(source: str, revision: str | None) -> Path:
