@@ -159,6 +159,30 @@ def code_at(
 
 
 @triton.jit
+def unpack_plain(
+    word: tl.tensor,
+    extra: tl.tensor,
+    BITS: tl.constexpr,
+    STEEP: tl.constexpr,
+    HALF: tl.constexpr,
+    FP16: tl.constexpr,
+) -> tl.tuple:
+    """`unpack` without PTX."""
+    a = code_at(word, extra, BITS, STEEP, HALF, FP16, 0)
+    b = code_at(word, extra, BITS, STEEP, HALF, FP16, 1)
+    c = code_at(word, extra, BITS, STEEP, HALF, FP16, 2)
+    d = code_at(word, extra, BITS, STEEP, HALF, FP16, 3)
+    if BITS < 4:
+        e = code_at(word, extra, BITS, STEEP, HALF, FP16, 4)
+        f = code_at(word, extra, BITS, STEEP, HALF, FP16, 5)
+        g = code_at(word, extra, BITS, STEEP, HALF, FP16, 6)
+        h = code_at(word, extra, BITS, STEEP, HALF, FP16, 7)
+        return a, b, c, d, e, f, g, h
+    else:
+        return a, b, c, d
+
+
+@triton.jit
 def unpack(
     word: tl.tensor,
     extra: tl.tensor,
@@ -207,18 +231,7 @@ def unpack(
                 pack=2,
             )
     else:
-        a = code_at(word, extra, BITS, STEEP, HALF, FP16, 0)
-        b = code_at(word, extra, BITS, STEEP, HALF, FP16, 1)
-        c = code_at(word, extra, BITS, STEEP, HALF, FP16, 2)
-        d = code_at(word, extra, BITS, STEEP, HALF, FP16, 3)
-        if BITS < 4:
-            e = code_at(word, extra, BITS, STEEP, HALF, FP16, 4)
-            f = code_at(word, extra, BITS, STEEP, HALF, FP16, 5)
-            g = code_at(word, extra, BITS, STEEP, HALF, FP16, 6)
-            h = code_at(word, extra, BITS, STEEP, HALF, FP16, 7)
-            return a, b, c, d, e, f, g, h
-        else:
-            return a, b, c, d
+        return unpack_plain(word, extra, BITS, STEEP, HALF, FP16)
 
 
 @triton.jit

@@ -161,8 +161,8 @@ def test_a_copy_that_lost_its_links_is_refused(tree: Path, tmp_path: Path) -> No
 def test_makefile_and_constraints_name_the_same_torch() -> None:
     pins = re.findall(r"torch==[\d.]+", (ROOT / "constraints.txt").read_text())
     asked = re.findall(r"torch==[\d.]+", (ROOT / "Makefile").read_text())
-    assert pins == asked
     assert len(pins) == 1
+    assert set(asked) == set(pins)
 
 
 @pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from fissile.config import Recipe, Strict
 from fissile.errors import RecipeError
 from fissile.registry import suggest
 
 Settings = TypeVar("Settings", bound=Strict)
+
+BASE_KEY = "extends"
+"""Key of a recipe file that names the file it builds on; it is no part of the recipe itself."""
+PUBLISHED = "config.json"
+"""Beside a shipped recipe: what the model's publisher states in its config.json."""
 
 
 def recipe_folder() -> Path:
@@ -45,6 +52,29 @@ def find_recipe(name: str) -> Path:
     )
 
 
+def published_config(path: Path) -> dict[str, Any]:
+    """The config.json of the model that a shipped recipe is for, as its publisher states it.
+
+    Args:
+        path: the recipe's file.
+
+    Raises:
+        RecipeError: no config.json lies beside it.
+    """
+    config = path.parent / PUBLISHED
+    if not config.is_file():
+        raise RecipeError(f"{path}: is for no particular model (no {PUBLISHED} beside it)")
+    return dict(json.loads(config.read_text(encoding="utf-8")))
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of recipe files; unknown keys are errors in it too."""
+    schema = Recipe.model_json_schema()
+    base = {"type": "string", "description": "file that this one builds on, beside it"}
+    schema["properties"] = {BASE_KEY: base, **schema["properties"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """Read a YAML recipe, follow `extends:`, apply `key=value` overrides, validate.
 
@@ -70,8 +100,7 @@ def parse_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as err:
-        lines = "; ".join(_explain(dict(e)) for e in err.errors())
-        raise RecipeError(f"{where}: {lines}") from None
+        raise RecipeError(f"{where}: {_explained(err, Recipe, (BASE_KEY,))}") from None
 
 
 def parse_settings(kind: type[Settings], overrides: list[str]) -> Settings:
@@ -86,8 +115,7 @@ def parse_settings(kind: type[Settings], overrides: list[str]) -> Settings:
     try:
         return kind.model_validate(data)
     except ValidationError as err:
-        lines = "; ".join(_explain(dict(e), kind) for e in err.errors())
-        raise RecipeError(f"--set: {lines}") from None
+        raise RecipeError(f"--set: {_explained(err, kind)}") from None
 
 
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -95,13 +123,18 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path}: extends itself")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        # Only a base can be missing: the recipe itself was found before.
+        near = suggest(path.name, sorted(p.name for p in path.parent.glob("*.yaml")))
+        wanted = f"{seen[-1]}: {BASE_KEY} {path}" if seen else str(path)
+        raise RecipeError(f"{wanted}: no such file{near}") from None
     except (OSError, UnicodeDecodeError) as err:
         raise RecipeError(f"{path}: cannot be read ({err})") from None
     except yaml.YAMLError as err:
         raise RecipeError(f"{path}: not YAML ({' '.join(str(err).split())})") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping, found {type(data).__name__}")
-    base = data.pop("extends", None)
+    base = data.pop(BASE_KEY, None)
     if base is None:
         return data
     return _merge(_read_chain(path.parent / str(base), (*seen, path)), data)
@@ -134,13 +167,44 @@ def _assign(data: dict[str, Any], item: str) -> None:
         raise RecipeError(f"--set {item!r}: the value is not YAML") from None
 
 
-def _explain(error: dict[str, Any], owner: Any = None) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+def _explained(err: ValidationError, owner: type[BaseModel], more: tuple[str, ...] = ()) -> str:
+    """All mistakes in one line; `more` are keys that exist at the top beside the owner's."""
+    return "; ".join(_explain(dict(e), owner, more) for e in err.errors())
+
+
+def _explain(error: dict[str, Any], owner: type[BaseModel], more: tuple[str, ...]) -> str:
+    where = ".".join(str(part) for part in error["loc"] if part != "[key]")
+    if error["type"] == "literal_error":
+        words = error["ctx"]["expected"].split("'")[1::2]
+        near = suggest(str(error["input"]), words)
+        return f"{where}: {error['msg']} (got {error['input']!r}{near})"
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']} (got {error['input']!r})"
-    owner = owner or Recipe
-    for part in error["loc"][:-1]:
-        owner = owner.model_fields[part].annotation
-    known = sorted(owner.model_fields)
-    hint = suggest(str(error["loc"][-1]), known) or f" (known: {', '.join(known)})"
-    return f"{where}: unknown key{hint}"
+    *parents, key = error["loc"]
+    found = _section(owner, parents)
+    known = sorted({*found.model_fields, *(() if parents else more)})
+    hint = suggest(str(key), known) or _elsewhere(str(key), owner)
+    return f"{where}: unknown key{hint or ' (known: ' + ', '.join(known) + ')'}"
+
+
+def _section(owner: type[BaseModel], parents: list[Any]) -> type[BaseModel]:
+    """The model that a place in a recipe belongs to."""
+    for part in parents:
+        field = owner.model_fields[part].annotation
+        kinds = [field, *get_args(field)]
+        owner = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+    return owner
+
+
+def _elsewhere(key: str, owner: type[BaseModel]) -> str:
+    """Where a key that has no place here has one."""
+    places = [place for place, name in _keys(owner) if name == key]
+    return f"; did you mean {' or '.join(map(repr, places[:2]))}?" if places else ""
+
+
+def _keys(owner: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted place and name of every key of a model and its sections."""
+    for name, field in owner.model_fields.items():
+        yield f"{prefix}{name}", name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")

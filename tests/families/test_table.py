@@ -251,8 +251,8 @@ def test_a_stored_copy_of_a_tied_head_is_accepted(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown family": (
-        {"model_type": "qwen3_moe"},
-        r"model_type: found 'qwen3_moe', accepted: .*qwen3.*did you mean",
+        {"model_type": "qwen3_next"},
+        r"model_type: found 'qwen3_next', accepted: .*qwen3.*did you mean",
     ),
     "no family": ({"model_type": None}, "model_type: found None, accepted: gemma2, "),
     "biased FFN": ({"mlp_bias": True}, "mlp_bias: found True, accepted: False or None$"),

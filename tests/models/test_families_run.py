@@ -47,7 +47,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Routers that decide before layer 0; entries of `routing`."""
 SHARED, EXPERTS, SIZE = 32, 4, 24
-TYPES = sorted(t for family in families.FAMILIES.values() for t in family.model_types)
+DENSE = [family for family in families.FAMILIES.values() if family.experts is None]
+TYPES = sorted(t for family in DENSE for t in family.model_types)
 
 
 def stock_model(model_type: str) -> Any:

@@ -136,8 +136,6 @@ def test_without_the_operators_every_product_decodes(
 
 def test_compiled_kernels_take_the_whole_model(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's path, with the CPU kernels of its operators."""
-    for weight in weights(model):
-        weight.companding = 1.0  # the kernels take no other; the codes may stand for anything
     want, calls = in_float64(model), []
     state = {name: part.clone() for name, part in model.state_dict().items()}
 
@@ -163,3 +161,8 @@ def test_a_product_that_no_kernel_takes_says_why(model: Any) -> None:
     assert module is dispatch
     assert why == "fissile is installed"
     assert weight.path() == ("decoded", "no kernels for device meta")
+
+
+def test_a_batch_has_one_width(model: Any) -> None:
+    with pytest.raises(ValueError, match="one for all tokens of a batch"):
+        model(input_ids=IDS, bits=2)

@@ -122,7 +122,7 @@ def test_scores_of_every_selector(kind: str) -> None:
 
 
 def test_an_unknown_selector_is_refused() -> None:
-    with pytest.raises(ValueError, match="selector 'quadratic': linear, glu or spectral"):
+    with pytest.raises(ValueError, match="selector 'quadratic': linear, softmax, glu or spectral"):
         RoutedMLP(config_of(selector="quadratic"), 0)
 
 

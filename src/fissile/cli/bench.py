@@ -29,7 +29,7 @@ def add_parser(subparsers: Subparsers) -> Parser:
         "models",
         nargs="*",
         metavar="DIR",
-        help="models: of speed several, each with @BITS to choose a width; of experts one",
+        help="models: of speed several, each with @BITS for a width; of experts and peers one",
     )
     parser.add_argument(
         "--batches", type=integers, metavar="N,N", help="of speed: batch sizes (default: 1,8,64)"

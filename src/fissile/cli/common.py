@@ -7,6 +7,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NoReturn, TypeAlias, get_args
 
 from fissile.config import Stage
@@ -152,20 +153,32 @@ def integers(text: str) -> list[int]:
         ) from None
 
 
-def one_of(words: tuple[str, ...]) -> Callable[[str], str]:
-    """Return an argument type that accepts these words and suggests near ones.
+@dataclass(frozen=True)
+class OneOf:
+    """Argument type that accepts certain words and suggests near ones.
 
-    Args:
+    Attributes:
         words: what is accepted, in the order it is listed in the error.
     """
 
-    def check(text: str) -> str:
-        if text not in words:
-            hint = suggest(text, list(words))
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(words)}{hint}")
+    words: tuple[str, ...]
+
+    def __call__(self, text: str) -> str:
+        """Return the word.
+
+        Raises:
+            argparse.ArgumentTypeError: not one of them.
+        """
+        if text not in self.words:
+            hint = suggest(text, list(self.words))
+            known = ", ".join(self.words)
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}{hint}")
         return text
 
-    return check
+
+def one_of(words: tuple[str, ...]) -> Callable[[str], str]:
+    """Return an argument type that accepts these words and suggests near ones."""
+    return OneOf(words)
 
 
 def limit_threads(count: int | None) -> None:

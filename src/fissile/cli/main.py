@@ -23,11 +23,13 @@ COMMANDS = Registry(
         "plan": "fissile.cli.plan:add_parser",
         "run": "fissile.cli.run:add_parser",
         "quantize": "fissile.cli.quantize:add_parser",
+        "tune": "fissile.cli.tune:add_parser",
         "eval": "fissile.cli.eval:add_parser",
         "generate": "fissile.cli.generate:add_parser",
         "compare": "fissile.cli.compare:add_parser",
         "export": "fissile.cli.export:add_parser",
         "verify": "fissile.cli.verify:add_parser",
+        "push": "fissile.cli.push:add_parser",
         "report": "fissile.cli.report:add_parser",
         "inspect": "fissile.cli.inspect:add_parser",
         "families": "fissile.cli.families:add_parser",
@@ -39,6 +41,7 @@ COMMANDS = Registry(
         "simulate": "fissile.cli.simulate:add_parser",
         "bench": "fissile.cli.bench:add_parser",
         "doctor": "fissile.cli.doctor:add_parser",
+        "completion": "fissile.cli.completion:add_parser",
     },
 )
 ENVIRONMENT = {

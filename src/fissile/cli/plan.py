@@ -21,7 +21,11 @@ def add_parser(subparsers: Subparsers) -> Parser:
         example="fissile plan demo/moe-nested --model MODEL_DIR --set extract.active_share=0.5",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file or the name of a shipped one")
-    parser.add_argument("--model", required=True, metavar="SRC", help="folder of the dense model")
+    parser.add_argument(
+        "--model",
+        metavar="SRC",
+        help="folder of the model (default: the published config.json beside a shipped recipe)",
+    )
     parser.add_argument(
         "--out", metavar="DIR", help="where the run would write (its disk is checked)"
     )
@@ -32,10 +36,17 @@ def add_parser(subparsers: Subparsers) -> Parser:
 def run(args: argparse.Namespace) -> int:
     """Print the plan, then fail if it does not fit this machine."""
     from fissile.recipe_files import find_recipe, load_recipe
-    from fissile.run.plan import make_plan
 
-    recipe = load_recipe(find_recipe(args.recipe), args.set)
-    plan = make_plan(recipe, Path(args.model), Path(args.out) if args.out else None)
+    path, out = find_recipe(args.recipe), Path(args.out) if args.out else None
+    recipe = load_recipe(path, args.set)
+    if args.model:
+        from fissile.run.plan import make_plan
+
+        plan = make_plan(recipe, Path(args.model), out)
+    else:
+        from fissile.run.recipe_header import published_plan
+
+        plan = published_plan(recipe, path, out)
     emit(args, plan.to_dict(), plan.lines())
     plan.check()
     return 0

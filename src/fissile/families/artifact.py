@@ -46,6 +46,8 @@ def mlp_shapes(
         found |= gated("shared", shared)
         if routing.get("shared_bias"):
             found["shared.down_proj.bias"] = (hidden,)
+        if routing.get("shared_gate"):
+            found["shared_gate.weight"] = (1, hidden)
     if routing["kind"] == "layerwise":
         found |= selector_shapes(routing, hidden)
     if routing["kind"] == "static":
@@ -98,6 +100,8 @@ def selector_shapes(routing: Mapping[str, Any], hidden: int) -> dict[str, tuple[
     experts, kind = routing["num_experts"], routing.get("selector", "linear")
     if kind == "linear":
         found = {"selector.weight": (experts, hidden), "selector.bias": (experts,)}
+    elif kind == "softmax":
+        found = {"selector.weight": (experts, hidden)}
     elif kind in ("glu", "spectral"):
         rows = (experts * routing.get("selector_rank", 1), hidden)
         found = {"selector.gate": rows, "selector.up": rows}

@@ -28,8 +28,36 @@ LAYER_NORMS: Mapping[NormLayout, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Where a mixture of experts keeps its router and experts; every expert is a gated FFN.
+
+    Args:
+        module: of the layer, in the checkpoint: `<module>.gate` chooses, `<module>.experts.<e>`
+            are the experts.
+        projections: names of an expert's gate, up and down projection.
+        counts: config fields that may hold the number of experts.
+        default_count: that number when the config leaves all of them out.
+        default_top_k: experts per token when the config leaves `num_experts_per_tok` out.
+        size: config field with the neurons of one expert.
+        normalize: chosen experts' probabilities are divided by their sum: always, or where
+            `norm_topk_prob` says so.
+        shared: one more FFN is always computed, weighted by a gate of its own:
+            `<module>.shared_expert` and `<module>.shared_expert_gate`.
+    """
+
+    module: str = "mlp"
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    counts: tuple[str, ...] = ("num_experts", "num_local_experts")
+    default_count: int = 8
+    default_top_k: int = 8
+    size: str = "moe_intermediate_size"
+    normalize: Literal["always", "config"] = "config"
+    shared: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
-    """A family of dense decoders with a gated FFN.
+    """A family of decoders with a gated FFN, dense or a mixture of experts.
 
     Args:
         name: the family's name in recipes, commands and artifacts.
@@ -49,6 +77,7 @@ class Family:
         scaled_embedding: embeddings are multiplied by sqrt(D), <prefix>TextScaledWordEmbedding.
         rotary_per_layer_type: the rotary embedding depends on the layer's attention type.
         sdpa: the stock class supports scaled_dot_product_attention.
+        experts: of a mixture of experts; None in a dense model.
     """
 
     name: str
@@ -68,6 +97,7 @@ class Family:
     scaled_embedding: bool = False
     rotary_per_layer_type: bool = False
     sdpa: bool = True
+    experts: Experts | None = None
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -82,7 +112,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of a dense decoder, in elements."""
+    """Sizes of a decoder, in elements; `ffn` counts the neurons of all experts of a layer."""
 
     hidden: int
     ffn: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from fissile.families.artifact import artifact_tensors
 from fissile.families.base import GATED_ACTIVATIONS, Family
 from fissile.families.names import dense_names
 from fissile.families.table import ARTIFACT_TYPE, FAMILIES, SIZE_FIELDS, dims_of, setting
-from fissile.io.headers import CheckpointHeaders, open_checkpoint_headers
+from fissile.io.headers import (
+    SINGLE_FILE,
+    CheckpointHeaders,
+    TensorInfo,
+    open_checkpoint_headers,
+)
 from fissile.registry import suggest
 
 FLOATS = ("F32", "BF16", "F16")
@@ -103,6 +109,21 @@ def check_checkpoint(headers: CheckpointHeaders, family: Family) -> None:
         raise CorruptCheckpoint(f"{headers.folder}: {'; '.join(problems)}")
 
 
+def promised_headers(folder: Path, config: Mapping[str, Any]) -> CheckpointHeaders:
+    """Headers of the checkpoint that a config.json describes, as if it lay in `folder`, bfloat16.
+
+    Raises:
+        UnsupportedModel: the config is of no known family.
+    """
+    family, end = find(config), 0
+    tensors: dict[str, tuple[Path, TensorInfo]] = {}
+    for _, source in dense_names(family, config):
+        for name in source.names:
+            begin, end = end, end + 2 * prod(source.stored)
+            tensors[name] = (folder / SINGLE_FILE, TensorInfo("BF16", source.stored, begin, end))
+    return CheckpointHeaders(folder, dict(config), tensors, end)
+
+
 def _named(config: Mapping[str, Any]) -> Family:
     if config["model_type"] == ARTIFACT_TYPE:
         return FAMILIES[config["backbone"]["family"]]
@@ -118,7 +139,9 @@ def _type_check(config: Mapping[str, Any]) -> Check:
     backbone = config.get("backbone")
     family = backbone.get("family") if isinstance(backbone, dict) else None
     ok = isinstance(family, str) and family in FAMILIES
-    return Check("backbone.family", repr(family), ", ".join(sorted(FAMILIES)), ok)
+    names = sorted(FAMILIES)
+    near = suggest(str(family), names).removeprefix("; ")
+    return Check("backbone.family", repr(family), ", ".join(names), ok, near)
 
 
 def _config_checks(family: Family, config: Mapping[str, Any]) -> Iterator[Check]:
@@ -200,7 +223,8 @@ def _expected(
             yield name, shape, FLOATS if dtype is None else (dtype,)
         return
     for _, source in dense_names(family, headers.config):
-        yield source.name, source.stored, FLOATS
+        for name in source.names:
+            yield name, source.stored, FLOATS
 
 
 def _limited(problems: Iterable[str]) -> Iterator[str]:

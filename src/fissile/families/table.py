@@ -7,18 +7,23 @@ from typing import Any
 
 from fissile.errors import UnsupportedModel
 from fissile.families.base import Dims, Family
+from fissile.families.experts import stock_experts
 from fissile.families.gemma2 import GEMMA2
 from fissile.families.gemma3 import GEMMA3
 from fissile.families.llama import LLAMA
 from fissile.families.mistral import MISTRAL
+from fissile.families.mixtral import MIXTRAL
 from fissile.families.olmo2 import OLMO2
+from fissile.families.olmoe import OLMOE
 from fissile.families.phi3 import PHI3
 from fissile.families.qwen2 import QWEN2
+from fissile.families.qwen2_moe import QWEN2_MOE
 from fissile.families.qwen3 import QWEN3
+from fissile.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OLMO2)
-}
+_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OLMO2)
+_MIXTURES = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE)
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (*_DENSE, *_MIXTURES)}
 
 ARTIFACT_TYPE = "fissile"
 """`model_type` of our own artifacts; their family is named in config["backbone"]["family"]."""
@@ -50,6 +55,8 @@ def dims_of(family: Family, config: Mapping[str, Any]) -> Dims:
     if config.get("model_type") == ARTIFACT_TYPE:
         # num_hidden_layers counts the router's cache layer too.
         layers = _count("num_base_layers", config.get("num_base_layers"))
+    elif (experts := stock_experts(family, config)) is not None:
+        ffn = experts.neurons
     kv_heads = setting(family, config, "num_key_value_heads")
     head_dim = setting(family, config, "head_dim")
     dims = Dims(

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from fissile.families.base import Family
+from fissile.families.experts import STOCK_FIELDS, routed_fields
 from fissile.models.configuration_fissile import FissileConfig, stock_class
 from fissile.models.modeling_fissile import FissileDecoderLayer, FissileForCausalLM
 from fissile.models.routers_fissile import router_block
@@ -43,7 +44,9 @@ def backbone_of(family: Family, activation: str) -> dict[str, Any]:
 
 
 def dense_config(stock: dict[str, Any], family: Family) -> FissileConfig:
-    """Describe a dense checkpoint of `family` as a Fissile model without routing.
+    """Describe a stock checkpoint of `family` as a Fissile model.
+
+    A dense one has no routing; a mixture of experts has that of its own routers.
 
     Args:
         stock: contents of the checkpoint's config.json.
@@ -56,6 +59,8 @@ def dense_config(stock: dict[str, Any], family: Family) -> FissileConfig:
     if types is None:
         windowed = getattr(base, "sliding_window", None) is not None
         types = ["sliding_attention" if windowed else "full_attention"] * layers
+    if routed := routed_fields(family, stock):
+        fields = {k: v for k, v in fields.items() if k not in STOCK_FIELDS} | routed
     activation = fields.get(family.activation_field) or family.activation
     return FissileConfig(
         backbone=backbone_of(family, activation),

@@ -26,10 +26,11 @@ class FissileConfig(PretrainedConfig):
             router keeps its keys and values in the cache as a layer of its own.
         routing: None for a dense model, else `kind`, `num_experts`, `top_k`, `shared_sizes`,
             `expert_sizes`, `per_layer`, `layout`, `blocks`, `router`, and optionally
-            `restore` (see `modules.restored`), `selector` ("linear", "glu", "spectral") with
-            `selector_rank`, `selection_bias`, `threshold` (one per layer) with `max_k` (see
-            `routers.choose`). `router` holds `block` ("attention", "token", "readme"),
-            `query_heads`, `inner_dim`, and `attention_dim` or, for "readme", `width`.
+            `restore` (see `modules.restored`), `selector` ("linear", "softmax" with `normalize`,
+            "glu", "spectral") with `selector_rank`, `selection_bias`, `shared_gate`, `threshold`
+            (one per layer) with `max_k` (see `routers.choose`). `router` holds `block`
+            ("attention", "token", "readme"), `query_heads`, `inner_dim`, and `attention_dim` or,
+            for "readme", `width`.
         nested: None for float weights, else `layout`, `widths`, `group_size`, `modules`.
         bits: width that is served, one of `nested["widths"]`; None with float weights.
     """
@@ -37,6 +38,10 @@ class FissileConfig(PretrainedConfig):
     model_type = "fissile"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     base_model_tp_plan = {  # noqa: RUF012
+        "router.layers.*.q_proj": "colwise",
+        "router.layers.*.k_proj": "colwise",
+        "router.layers.*.v_proj": "colwise",
+        "router.layers.*.o_proj": "rowwise",
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
@@ -72,12 +77,18 @@ class FissileConfig(PretrainedConfig):
         self.bits = bits
         self.rope_parameters = rope_parameters
         self.layer_types: list[str] = layer_types or []
+        # The base class looks at them while it reads the scaling of a rotary embedding, which is
+        # before it sets what it is given.
+        for name in ("max_position_embeddings", "original_max_position_embeddings"):
+            if name in kwargs:
+                setattr(self, name, kwargs[name])
         super().__init__(**kwargs)
         if routing and routing["kind"] != "static":
             # Serving engines read these three to recognise a mixture of experts.
             self.num_experts = routing["num_experts"]
             self.num_experts_per_tok = slots_of(routing)
-            self.moe_intermediate_size = routing["expert_sizes"][0]
+            sizes = routing["expert_sizes"]
+            self.moe_intermediate_size = sizes[0] if len(set(sizes)) == 1 else list(sizes)
 
     def check_bits(self) -> int | None:
         """Return the width to serve, or None with float weights.

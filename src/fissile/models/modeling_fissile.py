@@ -10,6 +10,7 @@ K chosen per token, L layers.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from fissile.kernels.layout import segment_names
 from fissile.models.configuration_fissile import FissileConfig, stock_class
 from fissile.models.modules_fissile import FissileExperts, RoutedMLP, nest_linears
 from fissile.models.nested_fissile import one_step
@@ -44,6 +46,23 @@ def build_embedding(config: FissileConfig) -> nn.Embedding:
     scaled = stock_class(config, "TextScaledWordEmbedding")
     scale = config.hidden_size**0.5
     return scaled(config.vocab_size, config.hidden_size, config.pad_token_id, embed_scale=scale)
+
+
+def unserved(config: FissileConfig) -> list[str]:
+    """Patterns of the stored parts of widths that are not served; they stay on disk."""
+    nested, bits = config.nested, config.check_bits()
+    if nested is None or bits is None:
+        return []
+    stored = {suffix for k in nested["widths"] for suffix in segment_names(k, nested["widths"])}
+    mixed = {} if config.bits is not None else nested.get("mixed", {})
+    patterns = []
+    for width in sorted({bits, *mixed.values()}):
+        left = "|".join(sorted(stored - set(segment_names(width, nested["widths"]))))
+        owners = [name for name in nested["modules"] if mixed.get(name, bits) == width]
+        owner = f"({'|'.join(map(re.escape, owners))})" if mixed else ""
+        if left and owners:
+            patterns.append(rf"{owner}\.({left})$")
+    return patterns
 
 
 def build_context(
@@ -165,8 +184,6 @@ class FissilePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": FissileDecoderLayer}  # noqa: RUF012
-    # Planes and floats of widths that are not served stay on disk.
-    _keys_to_ignore_on_load_unexpected = [r"\.(plane|theta)_\d+$"]  # noqa: RUF012
 
     def __init__(self, config: FissileConfig, *args: Any, **kwargs: Any) -> None:
         config.check_bits()
@@ -176,6 +193,8 @@ class FissilePreTrainedModel(PreTrainedModel):
             # Grouped and batched products are taken where they are asked for by name.
             config._experts_implementation = "eager"
         super().__init__(config, *args, **kwargs)
+        # engine: what is listed here is never looked at, so nothing that is served may be listed.
+        self._keys_to_ignore_on_load_unexpected = unserved(config)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -263,6 +282,8 @@ class FissileModel(FissilePreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if "bits" in kwargs:
+            raise ValueError("bits is chosen when a model is loaded, one for all tokens of a batch")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:

@@ -228,6 +228,7 @@ class RoutedMLP(nn.Module):
     """Shared neurons, always computed, plus the chosen routed experts.
 
     Attributes:
+        shared_gate: weighs the shared neurons' output by the sigmoid of one product; None without.
         restore: (E, D) subtracted for every chosen expert; see `restored`. None without it.
         override: replaces the router when set: a function from the MLP's input (T, D) to a route.
             Controls (random, oracle) are expressed with it.
@@ -256,6 +257,8 @@ class RoutedMLP(nn.Module):
                 self.restore = nn.Parameter(torch.zeros(routing["num_experts"], config.hidden_size))
         bias = bool(routing and routing.get("shared_bias"))
         self.shared = GatedMLP(config, shared, f"{prefix}.shared", bias) if shared else None
+        gated = bool(routing and routing.get("shared_gate"))
+        self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False) if gated else None
 
     def _build_experts(self, config: FissileConfig, layer_idx: int, prefix: str) -> None:
         assert config.routing is not None
@@ -286,17 +289,23 @@ class RoutedMLP(nn.Module):
                 self.training and torch.is_grad_enabled(),
                 balance_E=self.selector.balance,
                 threshold=self.threshold,
+                probabilities=self.selector.probabilities,
             )
         return route
 
     def forward(self, hidden_states: Tensor, route: Route | None = None) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        out_TD = self.shared(x_TD) if self.shared is not None else torch.zeros_like(x_TD)
+        out_TD = None if self.shared is None else self.shared(x_TD)
+        if out_TD is not None and self.shared_gate is not None:
+            out_TD = out_TD * torch.sigmoid(self.shared_gate(x_TD))
         routed = self.experts if self.experts is not None else self.pool
         if routed is not None:
             route = self.decide(x_TD, route)
             assert route is not None
-            out_TD = out_TD + routed(x_TD, *route)
+            y_TD = routed(x_TD, *route)
+            out_TD = y_TD if out_TD is None else out_TD + y_TD
             if self.restore is not None:
                 out_TD = out_TD - restored(self.restore, *route).to(out_TD.dtype)
+        if out_TD is None:
+            out_TD = torch.zeros_like(x_TD)
         return out_TD.view_as(hidden_states)

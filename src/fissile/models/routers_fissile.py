@@ -11,7 +11,7 @@ W width of Read-ME's router.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,12 @@ def choose(
     *,
     balance_E: Tensor | None = None,
     threshold: float | None = None,
+    probabilities: Literal["softmax", "normalized"] | None = None,
 ) -> Route:
     """The experts of highest score of every token, with weight one each.
 
     In training the weight is 1 + p - stop(p), so the language-model loss reaches the router.
+    Models that were trained as mixtures of experts weigh by probability instead.
 
     Args:
         scores_TE: what the router says (T, E).
@@ -45,11 +47,17 @@ def choose(
         straight_through: let gradients reach the scores.
         balance_E: added to the scores for the choice, never to a weight.
         threshold: experts whose score (with the balance) is below it get weight zero.
+        probabilities: weights are the softmax over all experts, or that over its sum.
     """
     ranked_TE = scores_TE if balance_E is None else scores_TE + balance_E.to(scores_TE.dtype)
     top_TK, index_TK = torch.topk(ranked_TE, slots, dim=-1)
     weights_TK = torch.ones_like(top_TK)
-    if straight_through:
+    if probabilities is not None:
+        p_TK = torch.softmax(scores_TE.float(), dim=-1).gather(-1, index_TK)
+        if probabilities == "normalized":
+            p_TK = p_TK / p_TK.sum(dim=-1, keepdim=True)
+        weights_TK = p_TK.to(scores_TE.dtype)
+    elif straight_through:
         p_TK = torch.softmax(scores_TE.float(), dim=-1).gather(-1, index_TK)
         weights_TK = (1.0 + p_TK - p_TK.detach()).to(scores_TE.dtype)
     if threshold is not None:
@@ -89,16 +97,17 @@ def selector_scores(
     """Scores (T, E) of a router inside a layer.
 
     Args:
-        kind: "linear": W x + b. "glu": mean over R representative neurons of |act(g x) (u x)|.
+        kind: "linear": W x + b. "softmax": W x, the logits of a model that was trained as a mixture
+            of experts. "glu": mean over R representative neurons of |act(g x) (u x)|.
             "spectral": ||G_e x|| ||U_e x|| with factors of rank R, which stands for
             sqrt(x^T A_e x * x^T B_e x).
-        weights: `weight` (E, D) and `bias` (E,), or `gate` and `up` (E * R, D).
+        weights: `weight` (E, D) and, if linear, `bias` (E,); or `gate` and `up` (E * R, D).
         x_TD: the MLP's input.
         num_experts: E.
         act_fn: activation of the FFN's gate.
     """
-    if kind == "linear":
-        return nn.functional.linear(x_TD, weights["weight"], weights["bias"])
+    if kind in ("linear", "softmax"):
+        return nn.functional.linear(x_TD, weights["weight"], weights.get("bias"))
     gate_TER = nn.functional.linear(x_TD, weights["gate"]).unflatten(-1, (num_experts, -1))
     up_TER = nn.functional.linear(x_TD, weights["up"]).unflatten(-1, (num_experts, -1))
     if kind == "glu":
@@ -111,6 +120,7 @@ class Selector(nn.Module):
 
     Attributes:
         balance: (E,) added to the scores for the choice alone; None without it.
+        probabilities: how chosen experts are weighted; see `choose`.
     """
 
     def __init__(self, config: FissileConfig) -> None:
@@ -118,15 +128,21 @@ class Selector(nn.Module):
         routing, width = config.routing, config.hidden_size
         assert routing is not None
         self.num_experts, self.kind = routing["num_experts"], routing.get("selector", "linear")
+        self.probabilities: Literal["softmax", "normalized"] | None = None
+        if self.kind == "softmax":
+            self.probabilities = "normalized" if routing.get("normalize") else "softmax"
         self.act_fn = ACT2FN[config.backbone["activation"]]
         rows = self.num_experts * routing.get("selector_rank", 1)
         if self.kind == "linear":
             shapes: dict[str, tuple[int, ...]]
             shapes = {"weight": (self.num_experts, width), "bias": (self.num_experts,)}
+        elif self.kind == "softmax":
+            shapes = {"weight": (self.num_experts, width)}
         elif self.kind in ("glu", "spectral"):
             shapes = {"gate": (rows, width), "up": (rows, width)}
         else:
-            raise ValueError(f"config.routing.selector {self.kind!r}: linear, glu or spectral")
+            known = "linear, softmax, glu or spectral"
+            raise ValueError(f"config.routing.selector {self.kind!r}: {known}")
         self.names = tuple(shapes)
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
@@ -179,6 +195,9 @@ class RouterAttention(nn.Module):
         self.k_proj = nn.Linear(inputs, kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(inputs, kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.head_dim, outputs, bias=bias)
+        # engine: compilers do not look into imports, so the backbone's functions are found here.
+        stock = stock_module(config)
+        self.rotate, self.attend = stock.apply_rotary_pos_emb, stock.eager_attention_forward
 
     def forward(
         self,
@@ -188,12 +207,11 @@ class RouterAttention(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        stock = stock_module(self.config)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = stock.apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = self.rotate(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         # engine: as many query heads as the backbone has; copies are dropped again.
@@ -201,7 +219,7 @@ class RouterAttention(nn.Module):
         query = query.repeat_interleave(repeats, dim=1) if repeats > 1 else query
         # engine: exactly one call of the interface, so that it can be found and replaced.
         attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, stock.eager_attention_forward
+            self.config._attn_implementation, self.attend
         )
         out, _ = attention(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs

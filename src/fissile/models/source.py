@@ -5,8 +5,8 @@ All sources answer in canonical names; see `StateSource` in stream.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from fissile.families.artifact import float_shapes
 from fissile.io.headers import open_checkpoint_headers
 from fissile.io.reader import TensorReader, check_finite
 from fissile.io.units import UnitStore
-from fissile.kernels.layout import dequantize, segment_names
+from fissile.kernels.layout import dequantize, segment_names, stored_names
 from fissile.models.build import dense_config, empty_model, rotary_of, with_nested
 from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.modeling_fissile import FissileForCausalLM
@@ -27,7 +27,7 @@ LAYER = "model.layers."
 
 
 class CheckpointSource:
-    """A dense checkpoint of a known family, or a Fissile artifact (decoded at `bits`).
+    """A stock checkpoint of a known family, or a Fissile artifact (decoded at `bits`).
 
     Args:
         folder: the checkpoint.
@@ -67,27 +67,49 @@ class CheckpointSource:
     def layer_state(self, layer_idx: int) -> dict[str, Tensor]:
         """Tensors of one layer, named relative to it, float32."""
         prefix = f"{LAYER}{layer_idx}."
+        if not self.artifact:
+            pairs = families.layer_names(self.family, self.headers.config, layer_idx).items()
+            return {name.removeprefix(prefix): self._dense(name, place) for name, place in pairs}
         state = self._float_state(lambda name: name.startswith(prefix))
         return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
     def outer_state(self) -> dict[str, Tensor]:
         """Everything outside the layers under its full name, float32."""
+        if not self.artifact:
+            pairs = families.outer_names(self.family, self.headers.config).items()
+            return {name: self._dense(name, place) for name, place in pairs}
         return self._float_state(lambda name: not name.startswith(LAYER))
 
-    def _float_state(self, wanted: Any) -> dict[str, Tensor]:
-        stock = self.headers.config
-        if not self.artifact:
-            pairs = families.dense_names(self.family, stock)
-            return {name: self._dense(name, source) for name, source in pairs if wanted(name)}
-        names = [name for name, _ in float_shapes(self.family, stock) if wanted(name)]
+    def stored(self, name: str) -> Tensor:
+        """A tensor of the files as it lies there."""
+        return self._reader.load(name)
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """Packed parts of a nested weight of an artifact, by suffix, those of all widths."""
+        assert self.nested is not None
+        return {k: self.stored(f"{name}.{k}") for k in stored_names(self.nested["widths"])}
+
+    def _float_state(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        shapes = float_shapes(self.family, self.headers.config)
+        names = [name for name, _ in shapes if wanted(name)]
         return {name: self._stored(name) for name in names}
 
     def _dense(self, name: str, source: families.Source) -> Tensor:
+        if source.experts:
+            return self._stacked(source)
         if source.rows is None:
             tensor = self._reader.load(source.name, torch.float32)
         else:
             tensor = self._reader.load_rows(source.name, *source.rows, dtype=torch.float32)
         return self._finite(source.name, tensor)
+
+    def _stacked(self, source: families.Source) -> Tensor:
+        """Experts one above the other, (E, rows, columns); one tensor of one expert at a time."""
+        stack = torch.empty(source.shape)
+        for expert, names in zip(stack, source.experts, strict=True):
+            for part, name in zip(expert.split(source.stored[0]), names, strict=True):
+                part.copy_(self._finite(name, self._reader.load(name, torch.float32)))
+        return stack
 
     def _stored(self, name: str) -> Tensor:
         if self.nested is None or name not in self.nested["modules"]:

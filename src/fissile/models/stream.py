@@ -100,7 +100,6 @@ class StreamedModel:
             hidden_BSD = self.layer(i)(hidden_BSD, route, self.context(hidden_BSD))
         return self.logits(hidden_BSD)
 
-    @torch.no_grad()
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """Final norm, head and soft cap; (B, S, V)."""
         logits = nn.functional.linear(self.norm(hidden_BSD), self.head)

@@ -132,6 +132,12 @@ def _loading(config: dict[str, Any]) -> Iterator[str]:
             else ""
         )
     )
+    width = f" --hf-overrides '{{\"bits\": {widths[0]}}}'" if widths else ""
+    yield f"```bash\nvllm serve DIR{width}\n```"
+    yield (
+        "vLLM finds the plug-in of an installed fissile, which keeps nested weights packed and"
+        " reads one width; without it add `--trust-remote-code`."
+    )
 
 
 def _losses(run: Path | None) -> Iterator[str]:

@@ -27,6 +27,7 @@ class Costs:
         hessian_solve: bytes per entry during the solve: sums (8), mean, copy and factor (12).
         solver_chunk: bytes of the errors of one chunk of rows at all widths (2^25 float32).
         solver_buffers: buffers of about that size that are alive at once.
+        expert_hessians: bytes of experts' Hessians in float64 that are alive at once.
         store_copies: bytes per weight of a linear while it is decoded and its loss measured.
         train_copies_d: activations of width D per layer that autograd keeps.
         train_copies_f: activations of width F per layer that autograd keeps.
@@ -47,6 +48,7 @@ class Costs:
     hessian_solve: float = 20.0
     solver_chunk: float = 134e6
     solver_buffers: float = 3.0
+    expert_hessians: float = 2.0**30
     store_copies: float = 16.0
     train_copies_d: float = 14.0
     train_copies_f: float = 5.0
@@ -73,6 +75,8 @@ class Shape:
         attention: (outputs, inputs) of every attention linear.
         artifact_bytes: tensors of the artifact as stored.
         layer_bytes: those of one of its layers.
+        computed: share of the source's FFN neurons that it computes for a token; 1 if dense.
+        widest: neurons of its largest expert; None if dense.
         domains: domains of the calibration text, for the size of statistics.
     """
 
@@ -85,7 +89,20 @@ class Shape:
     attention: tuple[tuple[int, int], ...]
     artifact_bytes: int
     layer_bytes: int
+    computed: float = 1.0
+    widest: int | None = None
     domains: int = 8
+
+    @property
+    def at_once(self) -> int:
+        """Neurons of the source that are computed at once: of one expert, or all."""
+        return self.widest or self.dims.ffn
+
+    @property
+    def active_weights(self) -> float:
+        """Weights of one layer of the source that are multiplied for a token."""
+        idle = 3 * self.dims.hidden * self.dims.ffn * (1 - self.computed)
+        return self.layer_weights - idle
 
     @property
     def layer_weights(self) -> int:

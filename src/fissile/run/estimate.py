@@ -49,6 +49,7 @@ class Estimator:
             "route": self._route,
             "recover": self._recover,
             "quantize": self._quantize,
+            "tune": self._tune,
             "export": self._export,
             "verify": self._verify,
             "evaluate": self._evaluate,
@@ -86,14 +87,14 @@ class Estimator:
         # Without fused attention all scores exist, with their softmax in float32.
         scores = 0 if self.shape.sdpa else 3 * dims.heads * context
         attend = costs.attend_copies * dims.hidden + scores
-        ffn = costs.ffn_copies * dims.ffn + costs.held_copies * dims.hidden
+        ffn = costs.ffn_copies * self.shape.at_once + costs.held_copies * dims.hidden
         return costs.float_bytes * tokens * max(attend, ffn)
 
     def _pass(self, tokens: int, context: int) -> float:
         """Operations of one forward pass through all layers."""
         dims = self.shape.dims
         return (
-            tokens * dims.layers * (2.0 * self.shape.layer_weights + 2.0 * context * dims.q_width)
+            tokens * dims.layers * (2.0 * self.shape.active_weights + 2.0 * context * dims.q_width)
         )
 
     def _statistics(self) -> float:
@@ -240,59 +241,92 @@ class Estimator:
         linears, costs = self.shape.linears(wanted.attention), self.costs
         batch = min(self.recipe.calibrate.batch_tokens, wanted.tokens)
         largest = max(inputs**2 for _, _, inputs in linears)
-        held = costs.held_copies * self.shape.dims.hidden + self.shape.dims.ffn
+        held = costs.held_copies * self.shape.dims.hidden + self.shape.at_once
         adding = costs.float_bytes * batch * held + costs.hessian_add * largest
+        base = [bits for bits in wanted.widths if bits <= 4]
+        beside = bool(wanted.blend or wanted.block.steps)
+        # Sums of the drift, and what it was at every width.
+        drifted = costs.float_bytes * (1 + len(base)) * largest * bool(wanted.blend)
         forward = self._forward(batch, context) + 8 * largest
+        moments = max(forward, adding, *(self._solving(*x) for x in linears)) + drifted
         memory = (
             self._streamed(wanted.tokens)
             | self._dense_held()
             | {
-                "moments and solver": max(forward, adding, *(self._solving(*x) for x in linears)),
+                "moments and solver": max(moments, self._training_a_block()),
                 "packed layer": 2.0 * self.shape.layer_bytes,
             }
         )
-        layers, tokens = self.shape.dims.layers, wanted.tokens
-        # A stream of its own for every width and for the float model, beside the one counted.
-        base = [bits for bits in wanted.widths if bits <= 4]
-        steps = wanted.block.steps
-        beside = bool(wanted.blend or steps)
+        layers, tokens, disk = self.shape.dims.layers, wanted.tokens, self.shape.artifact_bytes
         if beside:
-            streams = len(base) + (1 if steps else 0)
-            memory["widths"] = float(costs.float_bytes * tokens * self.shape.dims.hidden * streams)
+            # A stream for every width, the float model and its outputs: in files.
+            memory["stream"] = 0.0
             memory["float layer"] = float(costs.float_bytes * self.shape.layer_weights)
-        if steps:
-            memory["block stage"] = self._training_a_block()
+            streams = len(base) + 1 + bool(wanted.block.steps)
+            disk += costs.float_bytes * tokens * self.shape.dims.hidden * streams
         products = sum(2.0 * tokens * inputs**2 for _, _, inputs in linears)
         entries = sum(count * outputs * inputs**2 for count, outputs, inputs in linears)
         paths = 2 * len(base) if beside else 1
         passes = (2 + len(linears)) * paths * self._pass(tokens, context)
-        trained = steps * len(linears) * len(base) * 3 * wanted.block.batch_tokens
+        trained = wanted.block.steps * len(linears) * len(base) * 3 * wanted.block.batch_tokens
         passes += self._pass(trained, context)
         work = passes + layers * (products + entries * self._solver_products())
-        return self._cost("quantize", memory, self.shape.artifact_bytes, work)
+        return self._cost("quantize", memory, disk, work)
+
+    def _tune(self) -> StageCost:
+        """The quantized model, its teacher, and the floats of all widths in training."""
+        wanted, shape, costs = self.recipe.quantize, self.shape, self.costs
+        dims, size, settings = shape.dims, costs.float_bytes, wanted.tune
+        weights = float(dims.layers * shape.layer_weights)
+        floats = 2.0 * len(wanted.widths) * weights / wanted.group_size
+        context = min(settings.context, self.recipe.calibrate.context)
+        tokens = max(settings.batch_tokens, context)
+        copies = costs.train_copies_d * dims.hidden + costs.train_copies_f * dims.ffn
+        memory = self._dense_held() | {
+            "embeddings": 2.0 * size * shape.outer_weights,
+            "codes": weights,
+            # At one width: decoded, and the gradient towards it.
+            "layer": 3.0 * size * shape.layer_weights,
+            "floats and optimiser": 6.0 * size * floats,
+            "activations": size
+            * tokens
+            * (dims.layers * dims.hidden + copies + 2.0 * dims.heads * context),
+            "logits": costs.logit_copies * size * tokens * dims.vocab,
+        }
+        kept = wanted.tokens * (settings.teacher_top_k * (4 if dims.vocab <= 1 << 16 else 6) + 4)
+        read = settings.steps * tokens * len(wanted.widths)
+        # Every layer runs forward twice.
+        work = (8.0 * read + 2.0 * wanted.tokens) * (weights + dims.vocab * dims.hidden)
+        return self._cost("tune", memory, kept + 3 * size * floats, work)
 
     def _training_a_block(self) -> float:
-        """Weights of a block with gradients and Adam's moments, activations of one step."""
+        """Gradients, Adam's moments and a copy of a block's weights, activations of one step."""
         costs, dims, wanted = self.costs, self.shape.dims, self.recipe.quantize
+        if not wanted.block.steps:
+            return 0.0
         tokens = max(wanted.block.batch_tokens, self.recipe.calibrate.context)
-        copies = costs.train_copies_d * dims.hidden + costs.train_copies_f * dims.ffn
+        computed = self.shape.computed * dims.ffn
+        copies = costs.train_copies_d * dims.hidden + costs.train_copies_f * computed
         scores = 2 * dims.heads * self.recipe.calibrate.context
-        held = 6 * self.shape.layer_weights + tokens * (copies + scores)
+        held = 4 * self.shape.layer_weights + tokens * (copies + scores)
         return float(costs.float_bytes * held)
 
     def _solving(self, count: int, outputs: int, inputs: int) -> float:
         """Most that solving `count` linears of one shape holds beside the layer."""
-        costs, entries = self.costs, count * inputs**2
-        weights = float(count * outputs * inputs)
+        costs = self.costs
+        stack, linears = float(count * outputs * inputs), count
+        # Experts are solved in rounds, the stack is whole.
+        count = min(count, max(1, int(costs.expert_hessians) // (8 * inputs**2)))
+        entries, weights = count * inputs**2, float(count * outputs * inputs)
         errors = costs.float_bytes * weights * len(self.recipe.quantize.widths)
         chunk = costs.solver_buffers * min(costs.solver_chunk, errors)
         prepare = costs.hessian_prepare * entries
         solve = costs.hessian_solve * entries + chunk
         # Losses are measured one linear at a time: half of a gate and up pair, a whole stack.
         store = costs.hessian_solve * entries + costs.store_copies * weights * (
-            1.0 if count > 1 else 0.5
+            1.0 if linears > 1 else 0.5
         )
-        return costs.float_bytes * weights + max(prepare, solve, store)
+        return costs.float_bytes * stack + max(prepare, solve, store)
 
     def _solver_products(self) -> float:
         """Operations of one solve per weight and input: O*I*I times this."""

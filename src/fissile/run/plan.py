@@ -19,7 +19,7 @@ from fissile.families.cost import model_cost, router_cost
 from fissile.families.sizes import ExpertSizes
 from fissile.io.headers import CheckpointHeaders, open_checkpoint_headers
 from fissile.io.hub import has_tokenizer
-from fissile.run.costs import StageCost
+from fissile.run.costs import COSTS, Costs, StageCost
 from fissile.run.estimate import Estimator
 from fissile.run.machine import available_memory, free_disk, processors
 from fissile.run.sizing import (
@@ -190,7 +190,31 @@ def make_plan(
         UsageError, UnsupportedModel, CorruptCheckpoint: the model cannot be used.
         RecipeError: the recipe does not fit the model; all reasons are in the message.
     """
-    headers = open_checkpoint_headers(model)
+    return plan_headers(recipe, open_checkpoint_headers(model), out, stop_after=stop_after)
+
+
+def plan_headers(
+    recipe: Recipe,
+    headers: CheckpointHeaders,
+    out: Path | None = None,
+    *,
+    stop_after: str | None = None,
+    cores: int | None = None,
+    costs: Costs = COSTS,
+) -> Plan:
+    """`make_plan` for headers that were read, or for a model that is not there yet.
+
+    Args:
+        recipe: what is asked for.
+        headers: of the checkpoint.
+        out: run folder; its disk is checked when given.
+        stop_after: last stage of the run.
+        cores: processors that share the work; by default those of this machine.
+        costs: constants of the estimate.
+
+    Raises:
+        As `make_plan`.
+    """
     family = families.find(headers.config)
     families.check_checkpoint(headers, family)
     problems = list(_contradictions(recipe, headers, family))
@@ -205,7 +229,7 @@ def make_plan(
     sizes = artifact_sizes(recipe, family, config)
     check_budget(recipe.quantize, sizes)
     shape = planned_shape(family, config, experts, sizes, recipe)
-    estimator = Estimator(shape, recipe, processors())
+    estimator = Estimator(shape, recipe, cores or processors(), costs)
     stages = tuple(estimator.stage(name) for name in _stages(recipe, stop_after))
     free = {"memory": available_memory(), "disk": None if out is None else free_disk(out)}
     return Plan(
@@ -232,6 +256,12 @@ def _contradictions(recipe: Recipe, headers: CheckpointHeaders, family: Family) 
         return
     if config.get("routing") is not None:
         yield f"{headers.folder}: is already routed; set extract.enabled=false to quantize it"
+        return
+    if family.experts is not None:
+        yield (
+            f"{headers.folder}: {family.name} has experts of its own, only dense models are divided"
+            " into experts; set extract.enabled=false to quantize it"
+        )
         return
     ffn = families.dims_of(family, config).ffn
     shares = {recipe.extract.active_share}
@@ -265,6 +295,7 @@ def _stages(recipe: Recipe, stop_after: str | None) -> list[Stage]:
         "route": converts and recipe.route.kind != "static",
         "recover": converts and (recipe.recover.refit or trains),
         "quantize": recipe.quantize.enabled,
+        "tune": recipe.quantize.enabled and recipe.quantize.tune.steps > 0,
     }
     names = [name for name in get_args(Stage) if wanted.get(name, True)]
     every = list(get_args(Stage))
@@ -338,6 +369,8 @@ def _router_warnings(
 
 
 def _way_out(stage: StageCost) -> str:
+    if stage.stage == "tune":
+        return " (set quantize.tune.steps=0 to leave it out)"
     if "student and teacher" in stage.memory:
         return " (set recover.method=none to re-fit only)"
     if stage.memory.get("activations", 0) > stage.peak / 3:

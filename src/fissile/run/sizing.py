@@ -130,6 +130,7 @@ def planned_config(
         "backbone": {"family": family.name},
         "num_base_layers": layers,
         "nested": None,
+        **families.routed_fields(family, config),
     }
     if experts is not None:
         pool = experts.num_experts * experts.expert
@@ -165,11 +166,15 @@ def planned_shape(
     """Sizes of the model and its artifact that costs depend on."""
     dims, routing = families.dims_of(family, config), config.get("routing")
     shared, expert, count = dims.ffn, 0, 0
+    computed, widest = 1.0, None
     if experts is not None:
         shared, expert, count = experts.shared, experts.expert, experts.num_experts
     elif routing is not None:
         shared, count = max(routing["shared_sizes"]), routing["num_experts"]
         expert = max(routing["expert_sizes"]) if routing["layout"] == "disjoint" else 0
+        if expert:
+            computed = min(1.0, (shared + routing["top_k"] * expert) / dims.ffn)
+            widest = max(shared, expert)
     return Shape(
         dims,
         family.sdpa,
@@ -180,4 +185,6 @@ def planned_shape(
         tuple(attention_shapes(family, dims).values()),
         sizes.stored,
         sizes.layers // dims.layers,
+        computed,
+        widest,
     )

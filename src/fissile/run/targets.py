@@ -25,7 +25,7 @@ def target_problems(recipe: Recipe, family: Family, config: dict[str, Any]) -> I
         config = {**config, "routing": {**routing, "threshold": [0.0]}}
     known = Known(
         constants=_has_constants(recipe, routing),
-        selector_bias=recipe.route.kind == "layerwise" and recipe.route.selector == "ridge",
+        selector_bias=recipe.route.kind == "layerwise" and _has_selector_bias(recipe),
     )
     for target in recipe.export.targets:
         if target in SERVERS:
@@ -45,6 +45,14 @@ def target_problems(recipe: Recipe, family: Family, config: dict[str, Any]) -> I
                 yield "gguf: no class that llama.cpp reads holds it; " + "; ".join(
                     reason for reasons in found for reason in reasons
                 )
+
+
+def _has_selector_bias(recipe: Recipe) -> bool:
+    """Whether layer-wise routers will have biases that differ between experts."""
+    recover = recipe.recover
+    learns = recover.train_router or recover.alternate.rounds > 0
+    fitted = recipe.route.selector == "ridge" or recipe.route.balance_load
+    return fitted or (recover.method != "none" and learns)
 
 
 def _has_constants(recipe: Recipe, routing: dict[str, Any] | None) -> bool:

@@ -1,0 +1,212 @@
+"""Tables of docs/results.md from eval/results/*.json: every number there is read, none is typed.
+
+A page asks for one with `<!-- table: NAME -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[2] / "eval" / "results"
+
+SYSTEMS = {
+    "static_uniform": "static pruning, all layers alike",
+    "static": "static pruning",
+    "random": "random choices among the same experts",
+    "pregate": "pre-gating router, one decision for all layers",
+    "per_layer": "pre-gating router, a head per layer",
+    "ridge": "linear routers inside the layers",
+    "dynamic": "the same, varying number of experts",
+    "oracle": "oracle on the experts of the pre-gating router",
+    "oracle_per_layer": "oracle, a decision per layer",
+    "oracle_layerwise": "oracle on the experts of the linear routers",
+    "cmoe": "CMoE's conversion",
+}
+METHODS = {
+    "nested": "nested, one file for all widths",
+    "dedicated": "the same solver, one width alone",
+    "gptq": "GPTQ",
+    "rtn": "round to nearest",
+}
+STEPS = ("none", "refit", "trained")
+
+
+def fill(markdown: str) -> str:
+    """Replace every request for a table.
+
+    Raises:
+        KeyError: a page asks for a table that does not exist.
+    """
+    return re.sub(r"<!-- table: ([\w-]+) -->", lambda found: TABLES[found[1]](), markdown)
+
+
+def stored(name: str) -> Any:
+    """Contents of eval/results/NAME.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def demo_routing() -> str:
+    """Perplexity of the demo model at half of the FFN."""
+    data = stored("demo")
+    found = {(v["name"], v["recovery"]): v["ppl"] for v in data["variants"]}
+    names = dict.fromkeys(v["name"] for v in data["variants"])
+    rows = [
+        [SYSTEMS.get(n, n), *(_number(found.get((n, step)), 2) for step in STEPS)] for n in names
+    ]
+    return table(["half of the FFN", "as converted", "re-fit", "trained"], rows) + (
+        f"\n\nDense: {data['dense']['ppl']:.2f} (standard error over documents"
+        f" {data['dense']['stderr']:.1f}; all rows are of the same documents)."
+        f" {_demo_conditions(data)}"
+    )
+
+
+def demo_widths() -> str:
+    """Perplexity of the demo model in fewer bits."""
+    data = stored("demo")
+    found = {(w["method"], w["of"], w["bits"]): w for w in data["widths"]}
+    bits = sorted({w["bits"] for w in data["widths"] if w["bits"]})
+    rows = [
+        [label, *(_number(found[method, "converted", b]["ppl"], 2) for b in bits)]
+        for method, label in METHODS.items()
+    ]
+    dense = [_number(found["nested", "dense", b]["ppl"], 2) for b in bits]
+    rows.append(["nested, dense model without routing", *dense])
+    nested = [found["nested", "converted", b] for b in bits]
+    sizes = [f"{w['bits_per_weight']:g}" for w in nested]
+    rows.append(["bits per weight with scales and zeros", *sizes])
+    rows.append(["MB that a load reads (nested)", *(f"{w['bytes'] / 1e6:.1f}" for w in nested)])
+    floats = found["float", "converted", None]
+    return table(["", *(f"{b} bits" for b in bits)], rows) + (
+        f"\n\nThe converted model in floats, which was quantized: {floats['ppl']:.2f},"
+        f" {floats['bytes'] / 1e6:.1f} MB. {_demo_conditions(data)}"
+    )
+
+
+def demo_stages() -> str:
+    """Where the time of the demo goes."""
+    data = stored("demo")
+    rows = [
+        [s["name"], f"{s['seconds']:.1f}", f"{s['peak_rss_bytes'] / 1e9:.2f}"]
+        for s in data["stages"]
+    ]
+    return table(["stage", "seconds", "peak memory so far, GB"], rows)
+
+
+def _demo_conditions(data: dict[str, Any]) -> str:
+    return (
+        f"Conditions: {data['model']}, recipe `{data['recipe']}`, seed {data['seed']}, one run;"
+        f" {data['text']}; {data['machine']}; commit {data['commit']}, {data['date']}."
+    )
+
+
+def experts() -> str:
+    """Distance to the dense model, by system and active share."""
+    data = stored("experts")
+    return _gaps(data) + "\n\n" + _gap_conditions(data)
+
+
+def recovery() -> str:
+    """The same after distillation."""
+    data = stored("recovery")
+    tokens = data["recipe"]["recover"]["tokens"]
+    return _gaps(data) + f"\n\nTrained on {tokens:,} tokens. " + _gap_conditions(data)
+
+
+def _gaps(data: dict[str, Any]) -> str:
+    found = {(r["system"], r["share"], r["recovery"]): r["gap"] for r in data["rows"]}
+    names = dict.fromkeys(r["system"] for r in data["rows"])
+    columns = [
+        (share, step)
+        for share in sorted({r["share"] for r in data["rows"]}, reverse=True)
+        for step in STEPS
+        if any((n, share, step) in found for n in names)
+    ]
+    said = {"none": "as converted", "refit": "re-fit", "trained": "trained"}
+    head = ["", *(f"share {share:g}, {said[step]}" for share, step in columns)]
+    rows = [
+        [SYSTEMS.get(n, n), *(_number(found.get((n, *column)), 4) for column in columns)]
+        for n in names
+    ]
+    return table(head, rows)
+
+
+def _gap_conditions(data: dict[str, Any]) -> str:
+    recipe, how = data["recipe"], data["conditions"]
+    extract = recipe["extract"]
+    return (
+        f"Conditions: {extract['num_experts']} experts of which {extract['top_k']} are chosen,"
+        f" {recipe['calibrate']['tokens']:,} calibration tokens,"
+        f" {recipe['evaluate']['tokens']:,} held-out tokens in {len(data['rows'][0]['by_domain'])}"
+        f" domains, seeds {', '.join(map(str, data['seeds']))};"
+        f" torch {how['versions']['torch']}, {how['threads']} thread."
+    )
+
+
+def mmlu_speed() -> str:
+    """MMLU beside lm-evaluation-harness's own model class."""
+    rows = stored("mmlu_speed")["rows"]
+    lines = [
+        [
+            str(row["shots"]),
+            f"{row['n_items']:,}",
+            f"{row['fissile']['seconds']:.1f}",
+            f"{row['lm_eval']['seconds']:.1f}",
+            f"{row['fissile']['peak_bytes'] / 1e6:.0f}",
+            f"{row['lm_eval']['peak_bytes'] / 1e6:.0f}",
+            f"{100 * row['same_choices']:g} %",
+        ]
+        for row in rows
+    ]
+    head = [
+        "shots",
+        "questions",
+        "seconds",
+        "harness, seconds",
+        "MB",
+        "harness, MB",
+        "same answers",
+    ]
+    how = rows[0]["conditions"]
+    return table(head, lines) + (
+        f"\n\nConditions: the demo model, {how['dtype']}, {how['threads']} CPU thread,"
+        f" lm-evaluation-harness {how['versions']['lm_eval']}. Clock: {how['clock']}."
+        f" Memory: {how['memory']}."
+    )
+
+
+def layer_7b() -> str:
+    """Conversion of one layer of the shape of a 7B model."""
+    data = stored("layer_7b")
+    how = data["conditions"]
+    rows = [[name, f"{seconds:.2f}"] for name, seconds in data["by_step"].items()]
+    rows.append(["all", f"{data['seconds']:.2f}"])
+    return table(["step", "seconds"], rows) + (
+        f"\n\nConditions: {how['tokens']:,} tokens, width {how['width']}, {how['neurons']} neurons,"
+        f" {how['experts']} experts, {how['threads']} CPU threads; peak memory"
+        f" {data['peak_rss_bytes'] / 1e9:.2f} GB. Counted: {how['counted']}."
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo-routing": demo_routing,
+    "demo-widths": demo_widths,
+    "demo-stages": demo_stages,
+    "experts": experts,
+    "recovery": recovery,
+    "mmlu-speed": mmlu_speed,
+    "layer-7b": layer_7b,
+}
