@@ -49,6 +49,21 @@ def test_rows_are_means_over_domains_then_seeds() -> None:
     assert "closed" not in found["oracle"]
 
 
+def test_what_one_run_lacks_is_compared_within_the_others() -> None:
+    rows = gap_rows(
+        [
+            metrics(static=(0.4, 0.4), pregate=(0.2, 0.2), oracle=(0.0, 0.0)),
+            metrics(static=(0.8, 0.8), oracle=(0.1, 0.1)),
+        ]
+    )
+    found = {row["system"]: row for row in rows}
+    assert found["pregate"]["of_static"] == pytest.approx(0.5)
+    assert found["pregate"]["closed"] == pytest.approx(0.5)
+    assert found["oracle"]["of_static"] == pytest.approx(0.05 / 0.6)
+    lacking = gap_rows([metrics(static=(0.4, 0.4)), metrics(oracle=(0.1, 0.1))])
+    assert [row for row in lacking if "of_static" in row and row["system"] == "oracle"] == []
+
+
 def test_an_oracle_that_is_no_better_leaves_nothing_to_close() -> None:
     rows = gap_rows([metrics(static=(0.2, 0.2), ridge=(0.1, 0.1), oracle_layerwise=(0.2, 0.2))])
     assert next(row for row in rows if row["system"] == "ridge")["closed"] is None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fissile.cli.common import Parser, Subparsers, add_command, one_of, positive
+from fissile.cli.common import Parser, Subparsers, add_command
 from fissile.cli.output import emit, tidy
 from fissile.cli.progress import progress
-from fissile.cli.verify import TARGETS
+from fissile.cli.verify import add_checks
 
 
 def add_parser(subparsers: Subparsers) -> Parser:
@@ -23,22 +23,11 @@ def add_parser(subparsers: Subparsers) -> Parser:
         "this command is called; the hub's own login is used.",
         example="fissile push runs/demo --repo ORG/NAME --dry-run",
     )
-    parser.add_argument("folder", metavar="DIR", help="an artifact, run folder or export")
+    add_checks(parser)
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="repository on the hub")
     parser.add_argument("--public", action="store_true", help="a new repository is not private")
     parser.add_argument(
         "--dry-run", action="store_true", help="verify and list what would be sent, send nothing"
-    )
-    parser.add_argument("--against", metavar="SRC", help="the model it was made from")
-    parser.add_argument(
-        "--target",
-        type=one_of(TARGETS),
-        default=TARGETS[0],
-        metavar="NAME",
-        help=f"what loads it: {', '.join(TARGETS)}",
-    )
-    parser.add_argument(
-        "--bits", type=positive, metavar="K", help="width of the model in --against"
     )
     return parser
 

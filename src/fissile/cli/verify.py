@@ -25,6 +25,12 @@ def add_parser(subparsers: Subparsers) -> Parser:
         "(exit code 5 if a check fails).",
         example="fissile verify runs/demo --against MODEL_DIR",
     )
+    add_checks(parser)
+    return parser
+
+
+def add_checks(parser: Parser) -> None:
+    """Arguments that say what is checked and against what."""
     parser.add_argument("folder", metavar="DIR", help="an artifact, run folder or export")
     parser.add_argument("--against", metavar="SRC", help="the model it was made from")
     parser.add_argument(
@@ -37,7 +43,6 @@ def add_parser(subparsers: Subparsers) -> Parser:
     parser.add_argument(
         "--bits", type=positive, metavar="K", help="width of the model in --against"
     )
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

@@ -53,10 +53,13 @@ folder, request, answer = sys.argv[1:]
 asked = json.load(open(request))
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
     trust_remote_code=asked["remote"]).eval()
+# Goes on after the end of a text, as the other engines do. A least length would forbid the token.
+model.generation_config.eos_token_id = None
 found = []
 for ids in asked["prompts"]:
-    out = model.generate(torch.tensor([ids]), max_new_tokens=asked["count"], do_sample=False,
-        eos_token_id=None, pad_token_id=0, min_new_tokens=asked["count"])
+    prompt = torch.tensor([ids])  # whole: without a mask, tokens that pad elsewhere are left out
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt),
+        max_new_tokens=asked["count"], do_sample=False, pad_token_id=0)
     found.append(out[0, len(ids):].tolist())
 json.dump(found, open(answer, "w"))
 """

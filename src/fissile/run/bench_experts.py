@@ -18,6 +18,9 @@ from fissile.run.bench import Bench
 from fissile.run.gap import OWN_ORACLE
 from fissile.run.metrics import Metrics, Score, read_metrics
 
+Key = tuple[str, float, str]
+"""System, active share, recovery."""
+
 
 class ExpertsBench(Strict):
     """Recipe, model, text and seeds; the demo's recipe for experts unless told otherwise."""
@@ -96,26 +99,29 @@ def run(settings: ExpertsBench, progress: Progress) -> dict[str, Any]:
 def gap_rows(found: list[Metrics]) -> list[dict[str, Any]]:
     """One row per system, active share and recovery, over runs with different seeds.
 
-    gap = mean over domains of ln ppl - ln ppl(dense). "of_static" divides it by static pruning's
+    gap = mean over domains of ln ppl - ln ppl(dense). Ratios are over the runs that have both
+    systems, and missing where the other lacks one. "of_static" divides it by static pruning's
     without recovery, layers alike ("static_uniform") or not ("static"). "closed" is the share of
     the way from static pruning to the oracle on the same experts, before recovery.
 
     Args:
         found: metrics of the runs.
     """
-    gaps: dict[tuple[str, float, str], list[dict[str, float]]] = defaultdict(list)
-    active: dict[tuple[str, float, str], list[float | None]] = defaultdict(list)
-    for metrics in found:
+    gaps: dict[Key, dict[int, dict[str, float]]] = defaultdict(dict)
+    active: dict[Key, list[float | None]] = defaultdict(list)
+    for run, metrics in enumerate(found):
         if metrics.dense is None:
             continue
         for v in metrics.variants:
-            gaps[v.name, v.share, v.recovery].append(_by_domain(v, metrics.dense))
+            gaps[v.name, v.share, v.recovery][run] = _by_domain(v, metrics.dense)
             active[v.name, v.share, v.recovery].append(v.measured_share)
     means = {
-        key: [statistics.fmean(domains.values()) for domains in seeds]
-        for key, seeds in gaps.items()
+        key: {run: statistics.fmean(domains.values()) for run, domains in runs.items()}
+        for key, runs in gaps.items()
     }
-    return [_row(key, seeds, means) | _active(active[key]) for key, seeds in gaps.items()]
+    return [
+        _row(key, list(runs.values()), means) | _active(active[key]) for key, runs in gaps.items()
+    ]
 
 
 def _active(shares: list[float | None]) -> dict[str, Any]:
@@ -135,12 +141,10 @@ def _by_domain(score: Score, dense: Score) -> dict[str, float]:
 
 
 def _row(
-    key: tuple[str, float, str],
-    seeds: list[dict[str, float]],
-    means: dict[tuple[str, float, str], list[float]],
+    key: Key, seeds: list[dict[str, float]], means: dict[Key, dict[int, float]]
 ) -> dict[str, Any]:
     name, share, recovery = key
-    own = means[key]
+    own = list(means[key].values())
     row: dict[str, Any] = {
         "system": name,
         "share": share,
@@ -150,17 +154,20 @@ def _row(
         "gap_sd": statistics.stdev(own) if len(own) > 1 else None,
         "by_domain": {d: statistics.fmean(s[d] for s in seeds) for d in seeds[0]},
     }
+
+    def beside(other: str) -> float | None:
+        """Mean gap of another system over the same runs."""
+        known = means.get((other, share, "none"), {})
+        shared = [known[run] for run in means[key] if run in known]
+        return statistics.fmean(shared) if len(shared) == len(own) else None
+
     for static in ("static_uniform", "static"):
-        base = means.get((static, share, "none"))
-        if base:
-            row[f"of_{static}"] = row["gap"] / statistics.fmean(base)
-    base, best = (
-        means.get(("static", share, "none")),
-        means.get((OWN_ORACLE.get(name, ""), share, "none")),
-    )
-    if recovery == "none" and base and best:
-        whole = statistics.fmean(base) - statistics.fmean(best)
-        row["closed"] = (statistics.fmean(base) - row["gap"]) / whole if whole > 0 else None
+        if base := beside(static):
+            row[f"of_{static}"] = row["gap"] / base
+    base, best = beside("static"), beside(OWN_ORACLE.get(name, ""))
+    if recovery == "none" and base is not None and best is not None:
+        whole = base - best
+        row["closed"] = (base - row["gap"]) / whole if whole > 0 else None
     return row
 
 
