@@ -1,24 +1,31 @@
-"""Tables of docs/results.md from eval/results/*.json: every number there is read, none is typed.
+"""Tables of stored results, from eval/results/*.json: every number in them is read, none is typed.
 
-A page asks for one with `<!-- table: NAME -->`.
+    python docs/tools/result_tables.py        rewrites the tables of README.md
+
+A page of docs asks for one with `<!-- table: NAME -->`; in the README it stands between that and
+`<!-- end of table -->`. A test compares.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[2] / "eval" / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "eval" / "results"
 
 SYSTEMS = {
     "static_uniform": "static pruning, all layers alike",
     "static": "static pruning",
     "random": "random choices among the same experts",
     "pregate": "pre-gating router, one decision for all layers",
+    "pregate_dynamic": "the same, varying number of experts",
     "per_layer": "pre-gating router, a head per layer",
+    "per_layer_dynamic": "the same, varying number of experts",
     "ridge": "linear routers inside the layers",
     "dynamic": "the same, varying number of experts",
     "oracle": "oracle on the experts of the pre-gating router",
@@ -42,6 +49,20 @@ def fill(markdown: str) -> str:
         KeyError: a page asks for a table that does not exist.
     """
     return re.sub(r"<!-- table: ([\w-]+) -->", lambda found: TABLES[found[1]](), markdown)
+
+
+def refreshed(markdown: str) -> str:
+    """Replace every table by the same one made anew.
+
+    Raises:
+        KeyError: there is no table of that name.
+    """
+    return re.sub(
+        r"(<!-- table: ([\w-]+) -->\n).*?(?=<!-- end of table -->)",
+        lambda found: f"{found[1]}{TABLES[found[2]]()}\n",
+        markdown,
+        flags=re.DOTALL,
+    )
 
 
 def stored(name: str) -> Any:
@@ -117,27 +138,61 @@ def experts() -> str:
 
 def recovery() -> str:
     """The same after distillation."""
-    data = stored("recovery")
-    tokens = data["recipe"]["recover"]["tokens"]
-    return _gaps(data) + f"\n\nTrained on {tokens:,} tokens. " + _gap_conditions(data)
+    half, most = stored("recovery"), stored("recovery_75")
+    both = half | {"rows": [*half["rows"], *most["rows"]]}
+    tokens = half["recipe"]["recover"]["tokens"]
+    return _gaps(both) + f"\n\nTrained on {tokens:,} tokens. " + _gap_conditions(half)
+
+
+def domain_matrix() -> str:
+    """Perplexity of every domain in every domain's expert, as in Read-ME's figure."""
+    data = stored("domain_matrix")
+    seeds = [m for m in data["domain_matrices"] if m["share"] == 0.5]
+    domains = seeds[0]["domains"]
+    rows = []
+    for i, expert in enumerate(domains):
+        row = []
+        for j in range(len(domains)):
+            ppl = statistics.fmean(m["ppl"][i][j] for m in seeds)
+            row.append(f"**{ppl:.2f}**" if i == j else f"{ppl:.2f}")
+        rows.append([f"expert of {expert}", *row])
+    best = sum(all(m["own_is_best"]) for m in seeds)
+    return table(["", *domains], rows) + (
+        f"\n\nMeans over seeds {', '.join(str(m['seed']) for m in seeds)}; in {best} of"
+        f" {len(seeds)} every domain is best in its own expert. Conditions: an expert a domain, half"
+        f" of the FFN, {data['recipe']['calibrate']['tokens']:,} calibration tokens,"
+        f" {data['recipe']['evaluate']['tokens']:,} held-out tokens."
+    )
 
 
 def _gaps(data: dict[str, Any]) -> str:
-    found = {(r["system"], r["share"], r["recovery"]): r["gap"] for r in data["rows"]}
-    names = dict.fromkeys(r["system"] for r in data["rows"])
+    found = {(r["system"], r["share"], r["recovery"]): r for r in data["rows"]}
+    names = [n for n in SYSTEMS if any(r["system"] == n for r in data["rows"])]
     columns = [
         (share, step)
-        for share in sorted({r["share"] for r in data["rows"]}, reverse=True)
+        for share in sorted({r["share"] for r in data["rows"]})
         for step in STEPS
         if any((n, share, step) in found for n in names)
     ]
     said = {"none": "as converted", "refit": "re-fit", "trained": "trained"}
-    head = ["", *(f"share {share:g}, {said[step]}" for share, step in columns)]
-    rows = [
-        [SYSTEMS.get(n, n), *(_number(found.get((n, *column)), 4) for column in columns)]
-        for n in names
-    ]
+    head = ["", *(f"{share:.0%}, {said[step]}" for share, step in columns)]
+    rows = [[SYSTEMS[n], *(_spread(found.get((n, *c))) for c in columns)] for n in names]
+    if any(_closed(row) for row in found.values()):
+        head.append("oracle's gap closed")
+        for name, row in zip(names, rows, strict=True):
+            row.append(_closed(found.get((name, columns[0][0], "none"))))
     return table(head, rows)
+
+
+def _spread(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['gap']:.4f}" + (f" ± {row['gap_sd']:.4f}" if row["gap_sd"] else "")
+
+
+def _closed(row: dict[str, Any] | None) -> str:
+    closed = (row or {}).get("closed")
+    return "" if closed is None else f"{closed:.0%}"
 
 
 def _gap_conditions(data: dict[str, Any]) -> str:
@@ -207,6 +262,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo-stages": demo_stages,
     "experts": experts,
     "recovery": recovery,
+    "domain-matrix": domain_matrix,
     "mmlu-speed": mmlu_speed,
     "layer-7b": layer_7b,
 }
+
+
+def main() -> None:
+    """Rewrite the tables of README.md."""
+    path = ROOT / "README.md"
+    path.write_text(refreshed(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -38,8 +38,14 @@ NOT_RUN = {
     r"\.venv/bin/.*": "the suite's own tools, on itself",
     r"fissile eval \S+ --harness arc_easy,hellaswag --download": "fetches data sets",
     r"fissile verify second-gguf --target llama\.cpp": "starts llama.cpp (make serve-test does)",
+    r"fissile verify runs/first --target vllm": "starts vLLM (make serve-test does)",
+    r"vllm serve \S+( --hf-overrides .*)?": "starts vLLM (make serve-test does)",
+    r"transformers serve second-mixtral": "starts a server (make serve-test does)",
+    r"npx --yes node-llama-cpp@.*": "fetches llama.cpp (make serve-test runs the same file in it)",
     r"python examples/.*": "tests/test_examples.py runs it on the demo model",
-    r"accelerate launch --multi_gpu .*": "needs two GPUs (two CPU processes: test_distributed.py)",
+    r"accelerate launch .*": "needs two GPUs (two CPU processes: refactor/test_distributed.py)",
+    r"OMP_NUM_THREADS=4 torchrun .*": "two processes: refactor/test_distributed.py starts them",
+    r"fissile bench ranks": "needs two free cores for minutes (a small one: run/test_bench.py)",
 }
 """Commands that no test of this folder executes, and why."""
 

@@ -67,7 +67,7 @@ def test_little_is_left_out_and_all_of_it_is_still_there() -> None:
         assert any(re.fullmatch(form, command) for command in commands), form
     fissile = [c for c in commands if c.startswith("fissile ")]
     left = [c for c in fissile if any(re.fullmatch(form, c) for form in NOT_RUN)]
-    assert len(left) <= 4 < len(fissile) / 8
+    assert len(left) <= 5 < len(fissile) / 8
     parser, _ = build_parser()
     for command in left:
         parser.parse_args(shlex.split(command)[1:])
