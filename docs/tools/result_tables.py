@@ -159,8 +159,8 @@ def domain_matrix() -> str:
     best = sum(all(m["own_is_best"]) for m in seeds)
     return table(["", *domains], rows) + (
         f"\n\nMeans over seeds {', '.join(str(m['seed']) for m in seeds)}; in {best} of"
-        f" {len(seeds)} every domain is best in its own expert. Conditions: an expert a domain, half"
-        f" of the FFN, {data['recipe']['calibrate']['tokens']:,} calibration tokens,"
+        f" {len(seeds)} every domain is best in its own expert. Conditions: an expert a domain,"
+        f" half of the FFN, {data['recipe']['calibrate']['tokens']:,} calibration tokens,"
         f" {data['recipe']['evaluate']['tokens']:,} held-out tokens."
     )
 
