@@ -24,6 +24,7 @@ from fissile.models.routers_fissile import Route
 from fissile.quant.nested import NestedWeight
 from fissile.quant.soft import SoftFloats
 from fissile.quant.spill import Windows
+from fissile.workers import Workers
 
 _HELD_OUT = 8
 """One window in so many judges the outcome and is not trained on."""
@@ -64,6 +65,7 @@ class BlockTrainer:
         settings: of the recipe.
         seed: of the order of windows.
         moving: widths whose scales and zeros are trained; all without it.
+        workers: processes that call all of this together; they share windows and widths.
     """
 
     def __init__(
@@ -74,9 +76,10 @@ class BlockTrainer:
         settings: BlockStage,
         seed: int,
         moving: tuple[int, ...] | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self._layer, self._data, self._settings = layer, data, settings
-        self._moved_widths = moving
+        self._moved_widths, self._workers = moving, workers or Workers()
         own = dict(layer.named_parameters())
         self._floats = {name: own[name].detach().float().clone() for name in names}
         self._norms = {
@@ -120,11 +123,13 @@ class BlockTrainer:
                 group["lr"] = group["rate"] * (1 - step / steps)
             optimizer.zero_grad()
             windows = next(batches)
-            for bits, weight in self._data.weights.items():
-                error = weight * self._error(bits, windows)
+            for bits, own in self._shared(windows):
+                say = self._data.weights[bits] * len(own) / len(windows)
+                error = say * self._error(bits, own)
                 # A width may have nothing left that moves.
                 if error.requires_grad:
                     error.backward()
+            self._sum_gradients([parameter for parameter, _ in moving])
             optimizer.step()
         after = self._held_out_error()
         if not self._total(after) < self._total(before):
@@ -168,12 +173,32 @@ class BlockTrainer:
 
     @torch.no_grad()
     def _held_out_error(self) -> dict[int, float]:
-        found = {}
-        for bits in self._data.weights:
-            parts = self._held_out.split(self._windows)
-            total = sum(float(self._error(bits, part)) * len(part) for part in parts)
-            found[bits] = total / len(self._held_out)
-        return found
+        places = {bits: place for place, bits in enumerate(self._data.weights)}
+        total_W = torch.zeros(len(places), dtype=torch.float64)
+        for bits, windows in self._shared(self._held_out):
+            for part in windows.split(self._windows):
+                total_W[places[bits]] += float(self._error(bits, part)) * len(part)
+        self._workers.sum_([total_W])
+        means = (total_W / len(self._held_out)).tolist()
+        return {bits: means[place] for bits, place in places.items()}
+
+    def _shared(self, windows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """This process's part of all pairs of a width and a window, as windows by width."""
+        count = len(windows)
+        mine = self._workers.share(count * len(self._data.weights))
+        for place, bits in enumerate(self._data.weights):
+            own = windows[max(0, mine.start - place * count) : max(0, mine.stop - place * count)]
+            if len(own):
+                yield bits, own
+
+    def _sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Give every process the gradient of all windows and widths."""
+        if self._workers.count == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._workers.sum_([p.grad for p in parameters if p.grad is not None])
 
     def _total(self, errors: Mapping[int, float]) -> float:
         return sum(self._data.weights[bits] * error for bits, error in errors.items())

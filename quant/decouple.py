@@ -129,8 +129,8 @@ def choose_companding(
         return 1.0  # no width has a table
     layers, inputs = len(hessian_BII), weight_BOI.shape[-1]
     layers = max(1, min(layers, _HESSIAN_VALUES // inputs**2))
-    rows = torch.linspace(0, weight_BOI.shape[-2] - 1, _PROBED_ROWS).round().long().unique()
-    sample_BOI = weight_BOI[..., :layers, :, :][..., rows.to(weight_BOI.device), :].float()
+    rows = probed_rows(weight_BOI.shape[-2]).to(weight_BOI.device)
+    sample_BOI = weight_BOI[..., :layers, :, :][..., rows, :].float()
     metric = prepare(hessian_BII[:layers], group_size, damp)
     objective = {}
     for ratio in (1.0, *layout.COMPANDED):
@@ -138,6 +138,11 @@ def choose_companding(
         state, _ = Alternation(sample_BOI, metric, levels, PLANS["fast"], 0).run()
         objective[ratio] = float(state.objective_BO.sum())
     return min(objective, key=lambda ratio: objective[ratio])
+
+
+def probed_rows(rows: int) -> Tensor:
+    """Rows that `choose_companding` looks at, of so many, int64; of themselves, all."""
+    return torch.linspace(0, rows - 1, _PROBED_ROWS).round().long().unique()
 
 
 def _solve_batch(

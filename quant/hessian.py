@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fissile.workers import Workers
+
 
 class HessianAccumulator:
     """Streams the mean of x x^T over tokens, for one layer input or for each of E experts.
@@ -89,13 +91,18 @@ class HessianAccumulator:
                 self._sum_EDD[expert] += left_ND.T @ x_ND
         self._count_E += counts[1:]
 
-    def finish(self) -> tuple[Tensor, Tensor]:
+    def finish(self, workers: Workers | None = None) -> tuple[Tensor, Tensor]:
         """Return the means and how many tokens each rests on.
+
+        Args:
+            workers: processes that have each added some of the tokens; call it once then.
 
         Returns:
             hessian: float32 (D, D) or (E, D, D), sum of x x^T over the count; zeros without tokens.
             counts: int64 () or (E,).
         """
+        if workers is not None:
+            workers.sum_([self._sum_EDD, self._count_E])
         mean = (self._sum_EDD / self._count_E.clamp(min=1)[:, None, None]).float()
         return mean.reshape(*self.batch, self.dim, self.dim), self._count_E.reshape(self.batch)
 
@@ -125,10 +132,10 @@ class Moments:
             assert y_TD is not None
             self._drift.add(x_TD, index, y_TD - x_TD)
 
-    def finish(self) -> Measured:
-        """Mean Hessian, mean drift (None without) and tokens."""
-        hessian, tokens = self._hessian.finish()
-        drift = None if self._drift is None else self._drift.finish()[0]
+    def finish(self, workers: Workers | None = None) -> Measured:
+        """Mean Hessian, mean drift (None without) and tokens, of all processes."""
+        hessian, tokens = self._hessian.finish(workers)
+        drift = None if self._drift is None else self._drift.finish(workers)[0]
         return hessian, drift, tokens
 
 

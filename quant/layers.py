@@ -26,6 +26,7 @@ from fissile.quant.sensitivity import sensitivity, sharing
 from fissile.quant.solvers import Solver
 from fissile.quant.streams import Streams
 from fissile.quant.worker import LayerWork, LayerWorker
+from fissile.workers import Workers
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -62,6 +63,11 @@ class QuantizedLayer:
         found = {name.rpartition(".theta_")[2] for name in self.parts if ".theta_" in name}
         return tuple(sorted(map(int, found)))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The part that is stored as tensors."""
+        parts = {f"parts.{k}": v for k, v in self.parts.items()}
+        return parts | {f"kept.{k}": v for k, v in self.kept.items()}
+
     def record(self) -> dict[str, Any]:
         """The part that is stored as JSON."""
         return {
@@ -94,6 +100,7 @@ def quantize_model(
     batch_tokens: int,
     store: UnitStore | None = None,
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> Iterator[QuantizedLayer]:
     """Yield the layers of a quantized model, in order; later layers see earlier ones quantized.
 
@@ -106,24 +113,27 @@ def quantize_model(
         batch_tokens: tokens per forward pass.
         store: finished layers are kept here and not computed again.
         progress: called as (stage, done, total, detail).
+        workers: processes that call this together on one store, which the main one writes. Each
+            takes its share of windows, rows and experts; the result is that of one process.
     """
-    store = store or UnitStore()
+    store, workers = store or UnitStore(), workers or Workers()
     trains = solver.block is not None and bool(solver.block.steps)
     beside = solver.drift or trains or solver.sensitivity
     # Without targets from the float model all widths calibrate on the widest one's path.
     widths = solver.widths if beside else solver.widths[-1:]
-    streams = Streams(model, ids_NS, widths, batch_tokens, floats=beside, folder=store.folder)
+    kept_at: dict[str, Any] = {"floats": beside, "folder": store.folder, "workers": workers}
+    streams = Streams(model, ids_NS, widths, batch_tokens, **kept_at)
     for i in range(model.num_layers):
         needed = beside or solver.residual
         layer, reference = model.layer(i), model.layer(i) if needed else None
-        if store.has(unit := f"layer_{i:03d}"):
+        if workers.agreed(store.has(unit := f"layer_{i:03d}")):
             result = read_layer(store, i)
         else:
             names = planned_names(model, layer, group_size, attention)
             trainer = None
             if trains and solver.block is not None and reference is not None:
                 data = _block_data(streams, reference, i, solver)
-                args = (solver.block, solver.seed + i, solver.moving)
+                args = (solver.block, solver.seed + i, solver.moving, workers)
                 trainer = BlockTrainer(layer, names, data, *args)
             worker = LayerWorker(layer, i, reference, streams, solver, group_size, trainer)
             groups = model.config.backbone["attention"] if attention else []
@@ -134,11 +144,10 @@ def quantize_model(
                 result.sensitivity = sensitivity(
                     reference, shared, widths_of, result.decode, streams, i
                 )
-            parts = {f"parts.{k}": v for k, v in result.parts.items()}
-            kept = {f"kept.{k}": v for k, v in result.kept.items()}
-            store.save(unit, {**parts, **kept}, result.record())
+            if workers.main:
+                store.save(unit, result.tensors(), result.record())
         _advance(streams, layer, reference, result, i)
-        if progress is not None:
+        if progress is not None and workers.main:
             progress("quantize", i + 1, model.num_layers, _summary(result))
         yield result
 
@@ -168,8 +177,9 @@ def _block_data(
     """What the block stage trains on: every width's stream, the float model's output."""
     assert streams.float_NSD is not None
     target_NSD = streams.empty()
-    for part, (x, route) in zip(streams.slices, streams.batches(None, layer_idx), strict=True):
+    for part, (x, route) in zip(streams.own, streams.batches(None, layer_idx), strict=True):
         target_NSD[part] = reference(x, route, streams.context(x))
+    streams.exchange(target_NSD)
     weights = {bits: 4.0**bits * solver.omega.get(bits, 1.0) for bits in solver.widths}
     total = sum(weights.values())
     return BlockData(

@@ -4,7 +4,7 @@ Only one weight is quantized at a time; the error of the output, relative to the
 a unit that adds up over the blocks of a model. Weights that share an input share a width, so that
 they can be multiplied as one.
 
-Shapes: N windows, S tokens per window, D model width.
+Shapes: N windows, S tokens per window, D model width; K groups of weights, W widths.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fissile.quant.allocate import Choice
 from fissile.quant.streams import Streams
 
 _TOKENS = 8192
-"""Calibration tokens of the measurement, at most."""
+"""Calibration tokens of the measurement, at most but for one window."""
 
 
 def sharing(names: Sequence[str], attention: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -61,24 +61,20 @@ def sensitivity(
     Returns:
         First name of each group to width to error.
     """
-    tables: dict[str, dict[int, float]] = {group[0]: dict.fromkeys(widths, 0.0) for group in groups}
-    seen = 0
-    for x_BSD, route in streams.batches(None, layer_idx):
-        if seen >= _TOKENS:
-            break
+    count, tokens = min(streams.shape[0], -(-_TOKENS // streams.shape[1])), streams.shape[1]
+    table_KW = torch.zeros(len(groups), len(widths), dtype=torch.float64)
+    for x_BSD, route in streams.first(count, layer_idx):
         inputs = (x_BSD, route, streams.context(x_BSD))
         target_BSD = reference(*inputs)
         size_BS = target_BSD.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        tokens = size_BS.numel()
-        for group in groups:
-            for bits in widths:
+        for k, group in enumerate(groups):
+            for w, bits in enumerate(widths):
                 state = {name: decode(name, bits) for name in group}
                 error_BSD = functional_call(reference, state, inputs) - target_BSD
-                error = float((error_BSD.square().sum(-1) / size_BS).mean())
-                table = tables[group[0]]
-                table[bits] = (table[bits] * seen + error * tokens) / (seen + tokens)
-        seen += tokens
-    return tables
+                table_KW[k, w] += (error_BSD.square().sum(-1) / size_BS).double().sum()
+    streams.workers.sum_([table_KW])
+    rows = (table_KW / (count * tokens)).tolist()
+    return {g[0]: dict(zip(widths, row, strict=True)) for g, row in zip(groups, rows, strict=True)}
 
 
 def choices(

@@ -21,31 +21,62 @@ from fissile.quant.nested import NestedWeight
 class SoftFloats:
     """The scales and zeros of a weight (or stack) in training; codes stay.
 
+    With a rank R only zeros move, by a product of low rank: such an update merges into the zeros
+    that are stored (One QuantLLM for ALL, arXiv 2405.20202, section 3.1).
+
     Attributes:
+        moved: widths that move.
         scale: by moving width, float32 (..., O, G), change of the scales in units of the starting
-            ones.
+            ones; empty with a rank.
         zero: likewise of the zeros of centred codes, in units of the starting scales.
+        factors: by moving width, (..., O, R) and (..., R, G) whose product stands for `zero`; empty
+            without a rank.
 
     Args:
         nested: codes, and floats to start from.
         moving: widths whose floats move; all without it.
+        rank: R.
+        generator: of the second factors; the first are zero.
     """
 
-    def __init__(self, nested: NestedWeight, moving: Collection[int] | None = None) -> None:
+    def __init__(
+        self,
+        nested: NestedWeight,
+        moving: Collection[int] | None = None,
+        rank: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
         self.nested = nested
         widths = tuple(k for k in nested.widths if k <= layout.STORED_BITS)
         ones = dict.fromkeys(widths, 1.0)
         levels = Levels.build(widths, ones, nested.codes.device, nested.companding)
         self._shift = layout.STORED_BITS - widths[-1]
         self._value = dict(zip(widths, levels.value_WQ, strict=True))
-        moved = [k for k in widths if moving is None or k in moving]
-        zeros = {k: torch.zeros_like(nested.scale[k]) for k in moved}
-        self.scale = {k: nn.Parameter(x.clone()) for k, x in zeros.items()}
-        self.zero = {k: nn.Parameter(x) for k, x in zeros.items()}
+        self.moved = [k for k in widths if moving is None or k in moving]
+        self.scale: dict[int, nn.Parameter] = {}
+        self.zero: dict[int, nn.Parameter] = {}
+        self.factors: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        for k in self.moved:
+            zeros = torch.zeros_like(nested.scale[k])
+            if rank is None:
+                self.scale[k], self.zero[k] = nn.Parameter(zeros.clone()), nn.Parameter(zeros)
+                continue
+            shape = (*zeros.shape[:-2], rank, zeros.shape[-1])
+            right = torch.randn(shape, generator=generator) / rank**0.5
+            left = zeros.new_zeros((*zeros.shape[:-1], rank))
+            self.factors[k] = nn.Parameter(left), nn.Parameter(right)
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Everything that moves, by kind and width."""
+        found = {f"scale_{k}": x for k, x in self.scale.items()}
+        found |= {f"zero_{k}": x for k, x in self.zero.items()}
+        for k, (left, right) in self.factors.items():
+            found |= {f"left_{k}": left, f"right_{k}": right}
+        return found
 
     def parameters(self) -> list[nn.Parameter]:
-        """All scales and zeros that move."""
-        return [*self.scale.values(), *self.zero.values()]
+        """Everything that moves."""
+        return list(self.named().values())
 
     def _half(self, bits: int) -> float:
         return -float(self._value[bits][0])
@@ -54,6 +85,9 @@ class SoftFloats:
         """Current scale and zero of the centred code, (..., O, G)."""
         start = self.nested.scale[bits]
         centred = self.nested.zero[bits] + start * self._half(bits)
+        if bits in self.factors:
+            left, right = self.factors[bits]
+            return start, centred + start * (left @ right)
         if bits not in self.scale:
             return start, centred
         return start * (1 + self.scale[bits]), centred + start * self.zero[bits]
@@ -69,6 +103,9 @@ class SoftFloats:
     @torch.no_grad()
     def revert(self, bits: int) -> None:
         """Give one width its starting floats again."""
+        if bits in self.factors:
+            self.factors[bits][0].zero_()
+            return
         self.scale[bits].zero_()
         self.zero[bits].zero_()
 
@@ -76,7 +113,7 @@ class SoftFloats:
     def finish(self) -> NestedWeight:
         """What is stored: floats rounded to float16, scales not negative."""
         scales, zeros = dict(self.nested.scale), dict(self.nested.zero)
-        for width in self.scale:
+        for width in self.moved:
             scale, zero = self._affine(width)
             scales[width] = scale.clamp(min=0).half().float()
             zeros[width] = (zero - scales[width] * self._half(width)).half().float()

@@ -47,6 +47,7 @@ class Solver:
         seed: of the order of windows in that training.
         residual: of 6 and 8, those to add when a layer is finished.
         sensitivity: measure what each weight at each width costs its block.
+        table: chooses the table of the values for a weight or stack; None if there is no choice.
     """
 
     widths: tuple[int, ...]
@@ -57,6 +58,7 @@ class Solver:
     seed: int = 0
     residual: tuple[int, ...] = ()
     sensitivity: bool = False
+    table: Callable[[Tensor, Evidence, int], float] | None = None
 
     @property
     def moving(self) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """What flows through the layers of a model while it is quantized.
 
 Every width that is stored has a residual stream of its own, which has gone through the layers at
-that width; the float model's stream goes beside them where targets are taken from it.
+that width; the float model's stream goes beside them where targets are taken from it. Processes
+that work together send a part of the windows each through a layer, and then hold all of them.
 
 Shapes: N windows, S tokens per window, T = B*S tokens of a batch, D model width, K chosen experts.
 """
@@ -19,10 +20,15 @@ from fissile.models.modeling_fissile import FissileDecoderLayer
 from fissile.models.routers_fissile import Route
 from fissile.models.stream import StreamedModel, batches
 from fissile.quant.spill import Windows
+from fissile.workers import Workers
 
 
 class Streams:
     """Residual streams between two layers, in place.
+
+    Attributes:
+        slices: batches of windows, in order.
+        own: those of them that this process sends through layers.
 
     Args:
         model: float model.
@@ -31,6 +37,7 @@ class Streams:
         batch_tokens: tokens of a forward pass.
         floats: keep the float model's stream too.
         folder: several streams lie in files there; None keeps all in memory.
+        workers: processes that share the windows.
     """
 
     def __init__(
@@ -42,8 +49,17 @@ class Streams:
         *,
         floats: bool,
         folder: Path | None = None,
+        workers: Workers | None = None,
     ) -> None:
-        self.model, self.slices = model, list(batches(ids_NS, batch_tokens))
+        self.model, self.workers = model, workers or Workers()
+        shares = [self.workers.share(len(ids_NS), rank) for rank in range(self.workers.count)]
+        self._of_rank = [
+            [slice(part.start + p.start, part.start + p.stop) for p in found]
+            for part in shares
+            for found in [batches(ids_NS[part], batch_tokens)]
+        ]
+        self.slices = [part for parts in self._of_rank for part in parts]
+        self.own = self._of_rank[self.workers.rank]
         self.shape = (len(ids_NS), ids_NS.shape[1], model.config.hidden_size)
         self.folder = folder if len(widths) + floats > 1 else None
         self.hidden = {bits: self._embedded(ids_NS) for bits in widths}
@@ -83,11 +99,20 @@ class Streams:
         return index, weights
 
     def batches(self, bits: int | None, layer_idx: int) -> Iterator[tuple[Tensor, Route | None]]:
-        """Hidden states (B, S, D) and route of every batch; of the float stream for None."""
+        """Hidden states (B, S, D) and route of this process's batches; float stream for None."""
         hidden = self.float_NSD if bits is None else self.hidden[bits]
         assert hidden is not None
         for part, route in zip(self.slices, self.routes(layer_idx), strict=True):
-            yield hidden[part], route
+            if part in self.own:
+                yield hidden[part], route
+
+    def first(self, count: int, layer_idx: int) -> Iterator[tuple[Tensor, Route | None]]:
+        """The same of the float stream, of this process's part of the first windows."""
+        assert self.float_NSD is not None
+        most = max(part.stop - part.start for part in self.slices)
+        mine = torch.arange(count)[self.workers.share(count)]
+        for windows in mine.split(most) if len(mine) else ():
+            yield self.float_NSD[windows], self.route_of(layer_idx, windows)
 
     def context(self, hidden_BSD: Tensor) -> dict[str, Any]:
         """Masks and rotary embeddings of a batch."""
@@ -98,5 +123,18 @@ class Streams:
         """Replace a stream by what the layer makes of it."""
         hidden = self.float_NSD if bits is None else self.hidden[bits]
         assert hidden is not None
-        for part, (x, route) in zip(self.slices, self.batches(bits, layer_idx), strict=True):
+        for part, (x, route) in zip(self.own, self.batches(bits, layer_idx), strict=True):
             hidden[part] = layer(x, route, self.context(x))
+        self.exchange(hidden)
+
+    def exchange(self, hidden_NSD: Windows) -> None:
+        """Give every process the windows that each has computed."""
+        if self.workers.count == 1:
+            return
+        for rank, parts in enumerate(self._of_rank):
+            for part in parts:
+                if rank == self.workers.rank:
+                    self.workers.from_rank(hidden_NSD[part].contiguous(), rank)
+                else:
+                    room_BSD = torch.empty(part.stop - part.start, *self.shape[1:])
+                    hidden_NSD[part] = self.workers.from_rank(room_BSD, rank)

@@ -10,7 +10,7 @@ Shapes: B windows, S tokens per window, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +23,11 @@ from fissile.kernels import layout
 from fissile.models.build import empty_layer
 from fissile.models.modeling_fissile import FissileDecoderLayer
 from fissile.models.routers_fissile import Route
+from fissile.models.source import LAYER
 from fissile.models.stream import StreamedModel
 from fissile.quant.layers import QuantizedLayer
 from fissile.quant.nested import NestedWeight
+from fissile.quant.sensitivity import sharing
 from fissile.quant.soft import SoftFloats
 
 
@@ -40,6 +42,8 @@ class TunedModel:
         layers: the quantized layers, in order.
         widths: whose scales and zeros move.
         norms: whether the norms inside the layers move too, the same for all widths.
+        rank: see `SoftFloats`.
+        seed: of factors of low rank.
 
     Raises:
         ValueError: a width that is not stored, or whose floats 6 and 8 bits rest on.
@@ -52,14 +56,26 @@ class TunedModel:
         widths: Sequence[int],
         *,
         norms: bool,
+        rank: int | None = None,
+        seed: int = 0,
     ) -> None:
         self._model = model
-        self._layers = [_Layer(model, i, own, widths, norms) for i, own in enumerate(layers)]
+        low = None if rank is None else (rank, torch.Generator().manual_seed(seed))
+        self._layers = [_Layer(model, i, own, widths, norms, low) for i, own in enumerate(layers)]
 
     @property
     def has_norms(self) -> bool:
         """Whether norms move."""
         return any(layer.norms for layer in self._layers)
+
+    def shared_inputs(self) -> dict[str, list[str]]:
+        """Weights of the model in groups with a common input, by the first of each."""
+        attention, found = self._model.config.backbone["attention"], {}
+        for i, layer in enumerate(self._layers):
+            for names in sharing(list(layer.soft), attention):
+                full = [f"{LAYER}{i}.{name}" for name in names]
+                found[full[0]] = full
+        return found
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything that moves, by name: changes in units of the scales, and of the norms."""
@@ -68,25 +84,28 @@ class TunedModel:
             found |= {f"{i}.{name}": parameter for name, parameter in layer.parameters().items()}
         return found
 
-    def at(self, bits: int, *, stored: bool = False) -> Callable[..., Any]:
-        """The model at one width: called with `input_ids` (B, S), it gives `logits` (B, S, V).
+    def at(self, bits: int | Mapping[str, int], *, stored: bool = False) -> Callable[..., Any]:
+        """The model at some width: called with `input_ids` (B, S), it gives `logits` (B, S, V).
 
         Args:
-            bits: the width.
+            bits: the width, or that of every weight by its full name.
             stored: with floats as they will be stored, and without gradients.
         """
 
         def run(input_ids: Tensor, **_: Any) -> Any:
             model, hidden_BSD = self._model, self._model.embed(input_ids)
             context = model.context(hidden_BSD)
-            for layer, route in zip(self._layers, model.routes(input_ids), strict=True):
+            routes = model.routes(input_ids)
+            for i, (layer, route) in enumerate(zip(self._layers, routes, strict=True)):
                 inputs = (hidden_BSD, route, context)
+                own = {
+                    name: bits if isinstance(bits, int) else bits[f"{LAYER}{i}.{name}"]
+                    for name in layer.soft
+                }
                 if stored:
-                    hidden_BSD = layer.forward(bits, True, *inputs)
+                    hidden_BSD = layer.forward(own, True, *inputs)
                 else:
-                    hidden_BSD = checkpoint(
-                        layer.forward, bits, False, *inputs, use_reentrant=False
-                    )
+                    hidden_BSD = checkpoint(layer.forward, own, False, *inputs, use_reentrant=False)
             return SimpleNamespace(logits=model.logits(hidden_BSD))
 
         return torch.no_grad()(run) if stored else run
@@ -117,12 +136,13 @@ class _Layer:
         own: QuantizedLayer,
         widths: Sequence[int],
         norms: bool,
+        low: tuple[int, torch.Generator] | None,
     ) -> None:
         self.soft: dict[str, SoftFloats] = {}
         for name in own.groups:
             nested = own.nested(name)
             _check_widths(nested, widths, norms)
-            self.soft[name] = SoftFloats(nested, widths)
+            self.soft[name] = SoftFloats(nested, widths, *(low or ()))
         self.norms: dict[str, tuple[Tensor, nn.Parameter]] = {}
         for name, tensor in own.kept.items():
             if norms and name.endswith("norm.weight"):
@@ -135,13 +155,12 @@ class _Layer:
     def parameters(self) -> dict[str, nn.Parameter]:
         found = {name: moved for name, (_, moved) in self.norms.items()}
         for name, soft in self.soft.items():
-            found |= {f"{name}.scale_{k}": x for k, x in soft.scale.items()}
-            found |= {f"{name}.zero_{k}": x for k, x in soft.zero.items()}
+            found |= {f"{name}.{key}": parameter for key, parameter in soft.named().items()}
         return found
 
     def forward(
         self,
-        bits: int,
+        bits: Mapping[str, int],
         stored: bool,
         hidden_BSD: Tensor,
         route: Route | None,
@@ -149,7 +168,8 @@ class _Layer:
     ) -> Tensor:
         state = {name: start * (1 + moved) for name, (start, moved) in self.norms.items()}
         for name, soft in self.soft.items():
-            state[name] = soft.finish().dequantize(bits) if stored else soft.dense(bits)
+            own = bits[name]
+            state[name] = soft.finish().dequantize(own) if stored else soft.dense(own)
         out_BSD: Tensor = functional_call(self._module, state, (hidden_BSD, route, context))
         return out_BSD
 
@@ -158,7 +178,7 @@ class _Layer:
         changed = {name: start * (1 + moved) for name, (start, moved) in self.norms.items()}
         for name, soft in self.soft.items():
             nested = soft.finish()
-            for k in soft.scale:
+            for k in soft.moved:
                 theta = layout.encode_theta(nested.scale[k], nested.zero[k])
                 changed[f"{name}.theta_{k}"] = theta
         return changed

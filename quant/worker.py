@@ -24,7 +24,7 @@ from fissile.models.routers_fissile import Route
 from fissile.quant.blocks import BlockTrainer
 from fissile.quant.hessian import Measured, Moments, shrunk
 from fissile.quant.nested import NestedWeight, joined
-from fissile.quant.residual import with_residual
+from fissile.quant.shared import relative_losses, solve_shared
 from fissile.quant.solvers import Evidence, Solver
 from fissile.quant.streams import Streams
 
@@ -160,20 +160,18 @@ class LayerWorker:
             moments = Moments(inputs, drift=self.solver.drift)
             for x_TI, y_TI, _ in self._inputs(bits, tap):
                 moments.add(x_TI, y_TI)
-            return moments.finish()
+            return moments.finish(self.streams.workers)
 
         evidence, _ = self._evidence(measure)
         rows = [self._parameters[path].shape[0] for path in paths]
         weight_OI = torch.cat([self._parameters[path].float() for path in paths])
-        nested = self.solver(weight_OI, evidence, group)
-        losses = [
-            relative_losses(part, weight, evidence.hessian)
-            for weight, part in zip(weight_OI.split(rows), nested.split(rows), strict=True)
-        ]
+        original_OI = weight_OI
         if self.solver.residual:
             original_OI = torch.cat([self._originals[path].float() for path in paths])
-            # Nothing has to make up for anything there.
-            nested = with_residual(nested, original_OI, evidence.hessian, self.solver.residual)
+        nested, table_WO = solve_shared(
+            self.solver, weight_OI, original_OI, evidence, group, self.streams.workers
+        )
+        losses = [relative_losses(self.solver.widths, part) for part in table_WO.split(rows, dim=1)]
         for path, part, loss in zip(paths, nested.split(rows), losses, strict=True):
             self._solved(path, part, loss)
         self._train()
@@ -231,6 +229,7 @@ class LayerWorker:
         inputs = self._parameters[name].shape[-1]
         if (group := self._group([name], inputs)) is None:
             return
+        workers = self.streams.workers
 
         def measure(bits: int, begin: int, end: int) -> Measured:
             wide = Moments(inputs, drift=self.solver.drift)
@@ -240,7 +239,7 @@ class LayerWorker:
                 inside = (index_TK >= begin) & (index_TK < end)
                 wide.add(x_TD, y_TD)
                 routed.add(x_TD, y_TD, torch.where(inside, index_TK - begin, -1))
-            return shrunk(routed.finish(), wide.finish())
+            return shrunk(routed.finish(workers), wide.finish(workers))
 
         self._experts(name, group, measure)
 
@@ -250,6 +249,7 @@ class LayerWorker:
         inputs = self._parameters[name].shape[-1]
         if (group := self._group([name], inputs)) is None:
             return
+        workers = self.streams.workers
 
         def neurons(layer: FissileDecoderLayer, x_TD: Tensor, expert: int) -> Tensor:
             experts = layer.mlp.experts
@@ -270,7 +270,7 @@ class LayerWorker:
                     all_T = torch.full((len(h_TI),), e - begin)
                     every.add(h_TI, float_TI, all_T)
                     routed.add(h_TI, float_TI, all_T.where((index_TK == e).any(1), -1))
-            return shrunk(routed.finish(), every.finish())
+            return shrunk(routed.finish(workers), every.finish(workers))
 
         self._experts(name, group, measure)
 
@@ -288,12 +288,13 @@ class LayerWorker:
                 self._starved(tokens, begin, stack_EOI.shape[-1])
             # One table for the whole stack.
             table = solved[0].companding if solved else None
-            nested = self.solver(stack_EOI[begin:end], evidence, group, table)
-            losses.append(relative_losses(nested, stack_EOI[begin:end], evidence.hessian))
+            part_EOI = original_EOI = stack_EOI[begin:end]
             if self.solver.residual:
                 original_EOI = self._originals[name][begin:end].float()
-                args = (original_EOI, evidence.hessian, self.solver.residual)
-                nested = with_residual(nested, *args)
+            nested, table_WEO = solve_shared(
+                self.solver, part_EOI, original_EOI, evidence, group, self.streams.workers, table
+            )
+            losses.append(relative_losses(self.solver.widths, table_WEO))
             solved.append(nested)
         mean = {k: sum(part[k] for part in losses) / len(losses) for k in losses[0]}
         self._solved(name, joined(solved, dim=0), mean)
@@ -310,14 +311,3 @@ class LayerWorker:
                     "value": float(count),
                 }
                 self.work.events.append(event)
-
-
-def relative_losses(nested: NestedWeight, weight: Tensor, hessian: Tensor) -> dict[int, float]:
-    """tr(dW H dW') / tr(W H W') for every width."""
-    weight, hessian = weight.float(), hessian.float()
-    total = float(((weight @ hessian) * weight).sum().clamp_min(1e-30))
-    losses = {}
-    for width in nested.widths:
-        delta = nested.dequantize(width) - weight
-        losses[width] = float(((delta @ hessian) * delta).sum()) / total
-    return losses

@@ -10,7 +10,7 @@ H router heads (1 or L), V vocabulary, D model width, W router width.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.routers_fissile import ReadMeRouter
 from fissile.models.stream import StreamedModel
 from fissile.refactor.oracle import HasExperts
-from fissile.refactor.router import DistilledRouter, new_router, run_router
-from fissile.refactor.training import Progress, TrainSettings, step_generator, train
+from fissile.refactor.router import DistilledRouter, RouterBatches, new_router, run_router
+from fissile.refactor.training import Progress, TrainSettings, train
+from fissile.workers import Workers
 
 LEVELS = 5
 """Nested top sets of the released code."""
@@ -111,6 +112,7 @@ def distill_readme(
     seed: int,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> DistilledRouter:
     """Train Read-ME's router with its loss.
 
@@ -124,10 +126,13 @@ def distill_readme(
         seed: of the initial weights and of the order of windows.
         checkpoint: resumable state, see `training.train`.
         progress: called as (stage, done, total, detail).
+        workers: as in `distill_router`.
 
     Raises:
         ValueError: the config describes another router.
+        UsageError: a batch holds fewer windows than there are processes.
     """
+    workers = workers or Workers()
     router = new_router(config, seed)
     if not isinstance(router, ReadMeRouter):
         raise ValueError('config.routing.router.block must be "readme"')
@@ -135,19 +140,20 @@ def distill_readme(
     router.embed_tokens.weight.data = embedding_start(model.embedding.weight, width)
     windows, tokens = ids_NS.shape
     targets_NSHE = targets_HTE.transpose(0, 1).unflatten(0, (windows, tokens))
-    size = max(1, min(windows, settings.batch_tokens // tokens))
+    batch = RouterBatches(windows, tokens, settings.batch_tokens, seed, workers)
 
     def loss_of(step: int) -> Tensor:
-        pick = torch.randperm(windows, generator=step_generator(seed, step))[:size]
+        pick, weight = batch.own(step)
         ids = ids_NS[pick]
         logits_HTE = run_router(router, model, config, ids, model.embed(ids))
         log_q = torch.log_softmax(logits_HTE.float(), dim=-1)
         target_HTE = targets_NSHE[pick].flatten(0, 1).transpose(0, 1)
-        return -(target_HTE * log_q).sum(-1).mean(1).sum()
+        return -weight * (target_HTE * log_q).sum(-1).mean(1).sum()
 
     plan = TrainSettings(
         settings.steps, settings.learning_rate, schedule="cosine", warmup=0.0, weight_decay=0.01
     )
     trained = {n: p for n, p in router.named_parameters() if p.requires_grad}
-    curve = train(trained, loss_of, plan, checkpoint=checkpoint, progress=progress, stage="route")
+    how: dict[str, Any] = {"checkpoint": checkpoint, "progress": progress, "workers": workers}
+    curve = train(trained, loss_of, plan, stage="route", **how)
     return DistilledRouter({k: v.detach() for k, v in router.state_dict().items()}, curve.losses)

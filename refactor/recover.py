@@ -25,9 +25,10 @@ from fissile.refactor.alternate import alternate
 from fissile.refactor.compensate import is_held_out
 from fissile.refactor.grouped import ROUTER_PARTS, ready_to_train
 from fissile.refactor.schedules import refined_table
+from fissile.refactor.sharding import shard, shards, unsharded
 from fissile.refactor.teacher import Teacher, distill_loss
 from fissile.refactor.training import Curve, Progress, TrainSettings, step_generator, train
-from fissile.refactor.workers import Workers
+from fissile.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,13 @@ def train_to_teacher(
             result is that of one process.
 
     Raises:
-        UsageError: a batch holds fewer windows than there are processes, or rounds of router
-            training without a router.
+        UsageError: a batch holds fewer windows than there are processes, rounds of router
+            training without a router, or a way to cut the weights that is not known here.
         QualityGate: the loss is not finite.
     """
     workers = workers or Workers()
     fit, judge = lessons(teacher, ids_NS, settings, seed, targets, workers)
-    student.to(workers.device)
-    teacher.to(workers.device)
+    cut = _place(student, teacher, settings, workers)
     before = judge.judge(student)
     model, chosen = _trainable(student, settings, seed)
     with ready_to_train(model):
@@ -178,7 +178,7 @@ def train_to_teacher(
     after = judge.judge(model)
     teacher.to("cpu")
     return Recovered(
-        model.to("cpu"),
+        unsharded(model) if cut else model.to("cpu"),
         curve.losses,
         before,
         after,
@@ -187,6 +187,20 @@ def train_to_teacher(
         curve.seconds + router_curve.seconds,
         router_curve.losses,
     )
+
+
+def _place(
+    student: FissileForCausalLM, teacher: nn.Module, settings: Recover, workers: Workers
+) -> bool:
+    """Put both models where they compute; whether the student is cut over the processes."""
+    if cut := shards(settings, workers):
+        shard(student, workers)
+    else:
+        student.to(workers.device)
+    if workers.main or not settings.teacher_top_k:
+        # The others read what it has predicted.
+        teacher.to(workers.device)
+    return cut
 
 
 def lessons(

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fissile.config import Route as RouteSettings
+from fissile.errors import UsageError
 from fissile.models.build import prepare_parts
 from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.modeling_fissile import build_context
@@ -22,6 +24,7 @@ from fissile.models.routers_fissile import Router, build_router
 from fissile.models.stream import StreamedModel, batches
 from fissile.refactor.balance import calibrate_threshold
 from fissile.refactor.training import Progress, TrainSettings, step_generator, train
+from fissile.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ def distill_router(
     weights_H: Tensor | None = None,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> DistilledRouter:
     """Train the router to rank experts as the oracle does.
 
@@ -142,36 +146,79 @@ def distill_router(
         weights_H: say of every head in the loss, mean one; default all alike.
         checkpoint: resumable state, see `training.train`.
         progress: called as (stage, done, total, detail).
+        workers: processes that call this together; each takes its share of every batch, and the
+            result is that of one process.
+
+    Raises:
+        UsageError: a batch holds fewer windows than there are processes.
     """
     windows, tokens = ids_NS.shape
     say_H = torch.ones(len(targets_HTE)) if weights_H is None else weights_H
     targets_NSHE = targets_HTE.transpose(0, 1).unflatten(0, (windows, tokens))
     router = new_router(config, seed)
     embeds_NSD = model.embed(ids_NS)
-    size = max(1, min(windows, settings.batch_tokens // tokens))
+    workers = workers or Workers()
+    batch = RouterBatches(windows, tokens, settings.batch_tokens, seed, workers)
 
     def loss_of(step: int) -> Tensor:
-        pick = torch.randperm(windows, generator=step_generator(seed, step))[:size]
+        pick, weight = batch.own(step)
         logits_HTE = run_router(router, model, config, ids_NS[pick], embeds_NSD[pick])
         target_HTE = targets_NSHE[pick].flatten(0, 1).transpose(0, 1)
-        loss = (_miss(logits_HTE.float(), target_HTE, settings).mean(1) * say_H).mean()
-        if settings.balance:
-            load_HE = logits_HTE.float().softmax(-1).mean(1)
-            uniform = torch.full_like(load_HE, 1.0 / load_HE.shape[-1])
-            skew = nn.functional.kl_div(load_HE.log(), uniform, reduction="none").sum(-1).mean()
-            loss = loss + settings.balance * skew
-        return loss
+        loss = weight * (_miss(logits_HTE.float(), target_HTE, settings).mean(1) * say_H).mean()
+        return (
+            loss + settings.balance * batch.skew(logits_HTE, weight) if settings.balance else loss
+        )
 
     plan = TrainSettings(settings.steps, settings.learning_rate, weight_decay=0.1)
-    curve = train(
-        dict(router.named_parameters()),
-        loss_of,
-        plan,
-        checkpoint=checkpoint,
-        progress=progress,
-        stage="route",
-    )
+    how: dict[str, Any] = {"checkpoint": checkpoint, "progress": progress, "workers": workers}
+    curve = train(dict(router.named_parameters()), loss_of, plan, stage="route", **how)
     return DistilledRouter({k: v.detach() for k, v in router.state_dict().items()}, curve.losses)
+
+
+@dataclass(frozen=True)
+class RouterBatches:
+    """Windows of every step of a router's training, and this process's part of them.
+
+    Attributes:
+        windows: in all.
+        tokens: of a window.
+        batch_tokens: of one step, at most, all processes together.
+        seed: of their order.
+        workers: processes that share every batch.
+    """
+
+    windows: int
+    tokens: int
+    batch_tokens: int
+    seed: int
+    workers: Workers
+
+    def __post_init__(self) -> None:
+        if self.size < self.workers.count:
+            raise UsageError(
+                f"route.batch_tokens {self.batch_tokens} holds {self.size} windows of "
+                f"{self.tokens} tokens, fewer than the {self.workers.count} processes"
+            )
+
+    @property
+    def size(self) -> int:
+        """Windows of one step."""
+        return max(1, min(self.windows, self.batch_tokens // self.tokens))
+
+    def own(self, step: int) -> tuple[Tensor, float]:
+        """Indices of this process's windows, int64, and their weight in the mean over processes."""
+        pick = torch.randperm(self.windows, generator=step_generator(self.seed, step))[: self.size]
+        own = pick[self.workers.rank :: self.workers.count]
+        return own, len(own) * self.workers.count / self.size
+
+    def skew(self, logits_HTE: Tensor, weight: float) -> Tensor:
+        """KL from the uniform choice to the mean one of the whole batch, mean over heads.
+
+        It is no mean over parts of the batch, so the parts' loads are averaged first.
+        """
+        load_HE = self.workers.mean_of(weight * logits_HTE.float().softmax(-1).mean(1))
+        uniform = torch.full_like(load_HE, 1.0 / load_HE.shape[-1])
+        return nn.functional.kl_div(load_HE.log(), uniform, reduction="none").sum(-1).mean()
 
 
 def _miss(logits_HTE: Tensor, target_HTE: Tensor, settings: RouteSettings) -> Tensor:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fissile.io.units import UnitStore
-from fissile.refactor.workers import Workers
+from fissile.workers import Workers
 
 _UNIT_TOKENS = 1 << 15
 """Tokens of one stored unit."""

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from fissile.errors import CorruptCheckpoint, QualityGate
 from fissile.io.publish import atomic_write_bytes
 from fissile.refactor.schedules import Schedule, learning_rate
-from fissile.refactor.workers import Workers
+from fissile.refactor.sharding import is_cut, like, whole
+from fissile.workers import Workers
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -148,8 +149,8 @@ def train(
         curve.seconds = workers.from_main(time.monotonic() - began)
         done = settings.share(step + 1, curve.seconds)
         due = (step + 1) % checkpoint_every == 0 or done == 1
-        if checkpoint is not None and due and workers.main:
-            _save(checkpoint, parameters, optimiser, curve)
+        if checkpoint is not None and due:
+            _save(checkpoint, parameters, optimiser, curve, workers)
         if progress is not None and workers.main:
             total = settings.steps or round(settings.seconds or 0)
             progress(stage, round(done * total), total, f"loss {loss:.4f}")
@@ -187,7 +188,8 @@ def _gradients(
         # An expert that no token chose: the same in every process and after every resume.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    workers.mean_([p.grad for p in ordered if p.grad is not None])
+    # What is cut over the processes has been averaged on its way.
+    workers.mean_([p.grad for p in ordered if p.grad is not None and not is_cut(p)])
     shared = total.to(workers.device)
     workers.mean_([shared])
     return float(shared)
@@ -196,8 +198,8 @@ def _gradients(
 def _clip(parameters: Mapping[str, nn.Parameter], bound: float) -> tuple[float, float]:
     """Clip the global L2 norm of the gradient; its L2 and L1 norms before that."""
     grads = [p.grad for p in parameters.values() if p.grad is not None]
-    norm = sum(float(torch.linalg.vector_norm(grad.float(), 1)) for grad in grads)
-    return float(nn.utils.clip_grad_norm_(list(parameters.values()), bound)), norm
+    norm = sum(float(whole(torch.linalg.vector_norm(grad.float(), 1))) for grad in grads)
+    return float(whole(nn.utils.clip_grad_norm_(list(parameters.values()), bound))), norm
 
 
 def _save(
@@ -205,7 +207,9 @@ def _save(
     parameters: Mapping[str, nn.Parameter],
     optimiser: torch.optim.Optimizer,
     curve: Curve,
+    workers: Workers,
 ) -> None:
+    """Write the state; all processes call it, since each may hold a part."""
     tensors = {
         "losses": torch.tensor(curve.losses, dtype=torch.float64),
         "norms": torch.tensor(curve.norms, dtype=torch.float64),
@@ -213,11 +217,13 @@ def _save(
     }
     for name, parameter in parameters.items():
         state = optimiser.state[parameter]
-        tensors[f"value.{name}"] = parameter.detach()
-        tensors[f"mean.{name}"] = state["exp_avg"]
-        tensors[f"square.{name}"] = state["exp_avg_sq"]
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    atomic_write_bytes(path, save(contiguous))
+        moments = {"mean": state["exp_avg"], "square": state["exp_avg_sq"]}
+        for kind, tensor in {"value": parameter.detach(), **moments}.items():
+            full = whole(tensor)
+            if workers.main:
+                tensors[f"{kind}.{name}"] = full.cpu().contiguous()
+    if workers.main:
+        atomic_write_bytes(path, save(tensors))
 
 
 def _resume(
@@ -231,10 +237,10 @@ def _resume(
             raise CorruptCheckpoint(f"{path}: holds other parameters than the ones being trained")
         losses, norms = (file.get_tensor(key).tolist() for key in ("losses", "norms"))
         for name, parameter in parameters.items():
-            parameter.copy_(file.get_tensor(f"value.{name}"))
+            parameter.copy_(like(file.get_tensor(f"value.{name}"), parameter))
             moments = {"exp_avg": f"mean.{name}", "exp_avg_sq": f"square.{name}"}
             optimiser.state[parameter] = {
                 "step": torch.tensor(float(len(losses)), device=parameter.device),
-                **{k: file.get_tensor(v).to(parameter.device) for k, v in moments.items()},
+                **{k: like(file.get_tensor(v), parameter) for k, v in moments.items()},
             }
         return Curve(losses, norms, float(file.get_tensor("seconds")))

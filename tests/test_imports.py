@@ -25,7 +25,7 @@ HEAVY = ("torch", "triton", "transformers")
 # What each room may import from the others; every room may import itself and `fissile.__version__`.
 BASE = {"errors", "config", "registry"}
 DATA = BASE | {"kernels", "families", "io"}
-WORK = DATA | {"models"}
+WORK = DATA | {"models", "workers"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": BASE,
     "io": BASE | {"kernels"},
     "families": BASE | {"kernels", "io"},
+    "workers": BASE,
     "models": DATA,
     "quant": WORK,
     "refactor": WORK,

@@ -44,6 +44,15 @@ class Tune(Strict):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the products; what is trained stays float32"
     )
+    rank: int | None = Field(
+        None, ge=1, description="zeros alone move, by products of this rank; null: all floats do"
+    )
+    period: int | None = Field(
+        None,
+        ge=2,
+        description="once for all: each step draws a width for every weight, with a mean that"
+        " falls and rises in so many steps; null: a step takes every width for all weights",
+    )
     checkpoint_every: int = Field(50, ge=1, description="steps between resumable checkpoints")
 
 

@@ -49,3 +49,11 @@ class Interrupted(FissileError):
     """Stopped by a signal at a unit boundary; the run can be resumed."""
 
     exit_code = 130
+
+
+class LostProcess(FissileError):
+    """Another process of the same run is gone."""
+
+
+class Told(FissileError):
+    """A failure that another process of the same run has put into words already."""

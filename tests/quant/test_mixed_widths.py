@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from fissile import models
+from fissile.export.api import export, prepare
 from fissile.kernels import layout
 from fissile.models.source import CheckpointSource, load_source
 
@@ -50,6 +53,21 @@ def test_a_budget_is_met_and_served(
         same = load_source(CheckpointSource(out, bits=2))(ids).logits
         torch.testing.assert_close(alike, same, rtol=0, atol=1e-4)
         assert (served - alike).abs().max() > 1e-3
+    export(prepare(out, "gguf"), tmp_path / "codes", codes=True)
+    export(prepare(out, "gguf"), tmp_path / "floats")
+    packed, floats = gguf_tensors(tmp_path / "codes"), gguf_tensors(tmp_path / "floats")
+    assert sum(kind == "Q4_1" for kind, _ in packed.values()) == 2 * 7
+    for name, (_, weight) in packed.items():
+        assert (weight == floats[name][1]).all(), name
+
+
+def gguf_tensors(folder: Path) -> dict[str, tuple[str, Any]]:
+    """Kind and decoded values of every tensor, as the gguf package reads them."""
+    gguf = pytest.importorskip("gguf")
+    return {
+        t.name: (t.tensor_type.name, gguf.quants.dequantize(t.data, t.tensor_type))
+        for t in gguf.GGUFReader(folder / "model.gguf").tensors
+    }
 
 
 def test_a_budget_that_cannot_be_met_is_refused(

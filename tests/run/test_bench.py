@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +55,25 @@ def test_the_solver_against_the_reference(run_cli: Cli) -> None:
     code, _, err = run_cli("bench", "solver", "--set", "inputs=100")
     assert code == 2
     assert "inputs 100: not groups of 64" in err
+
+
+def test_processes_that_share_a_layer(run_cli: Cli) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores")
+    sizes = ["width=64", "neurons=128", "tokens=512", "context=64", "effort=fast"]
+    flags = [part for item in sizes for part in ("--set", item)]
+    code, text, err = run_cli("bench", "ranks", "-q", "--json", *flags)
+    assert code == 0, err
+    row = json.loads(text)
+    one, shared = row["one"], row["shared"]
+    assert row["speedup"] == one["seconds"] / shared["seconds"]
+    assert row["processor_ratio"] == one["processor_seconds"] / shared["processor_seconds"]
+    # Both did the same work; the losses themselves are far from each other's rounding.
+    assert 0 <= row["loss_difference"] < 0.01
+    assert row["conditions"]["processes"] == 2
+    code, _, err = run_cli("bench", "ranks", "--set", "processes=4096")
+    assert code == 2
+    assert "4096 processes need as many cores" in err
 
 
 @pytest.mark.parametrize(

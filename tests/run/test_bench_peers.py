@@ -227,6 +227,27 @@ def test_rows_over_seeds_beside_the_best_peer() -> None:
     assert plot([other]).startswith(b"<?xml")
 
 
+def test_ratios_to_our_own_baselines() -> None:
+    gaps: dict[tuple[str, str | None], float] = {
+        ("nested", "best"): 0.3,
+        ("dedicated", "fast"): 0.4,
+        ("dedicated", "best"): 0.25,
+    }
+    gaps |= {("decoupleq", "fast"): 0.5, ("gptq", None): 1.0}
+    rows = table([Measured((*key, 2, 64), result(gap)) for key, gap in gaps.items()])
+    nested = next(row for row in rows if row["system"] == "nested")
+    # Dedicated of the same effort; of the others there is one.
+    ratios = {key: value for key, value in nested.items() if key.startswith("of_")}
+    assert ratios == pytest.approx({"of_dedicated": 1.2, "of_decoupleq": 0.6, "of_gptq": 0.3})
+    other = table([Measured(("gptq", None, 3, 64), result(1.0)), *map(_at_two, gaps.items())])
+    assert "of_decoupleq" not in next(row for row in other if row["bits"] == 3)
+
+
+def _at_two(item: tuple[tuple[str, str | None], float]) -> Measured:
+    (system, effort), gap = item
+    return Measured((system, effort, 2, 64), result(gap))
+
+
 def test_the_gap_is_a_mean_over_domains() -> None:
     dense = {"a": 10.0, "b": 30.0}
     assert gap_of({"a": 20.0, "b": 30.0}, dense) == pytest.approx(math.log(2) / 2)
@@ -306,6 +327,7 @@ def test_ours_beside_a_peer_that_ran_and_one_that_did_not(
     assert rows["hqq"]["gap"] == pytest.approx(rows["rtn"]["gap"], abs=2e-3)
     assert rows["hqq"]["bits_per_weight"] == rows["rtn"]["bits_per_weight"] == 5.0
     assert rows["rtn"]["best_peer"] == "hqq"
+    assert rows["rtn"]["seconds"] > 0
     assert "--set environment=DIR" in rows["auto-round"]["missing"]
     assert "auto-round" in (tmp_path / "peers.md").read_text()
     assert (tmp_path / "peers.svg").stat().st_size > 1000

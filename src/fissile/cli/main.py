@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from fissile import __version__
 from fissile.cli.common import Parser, flags_of, limit_threads
 from fissile.cli.output import complain, finish
-from fissile.errors import FissileError, Interrupted, UsageError
+from fissile.errors import FissileError, Interrupted, Told, UsageError
 from fissile.registry import Registry, suggest
 
 COMMANDS = Registry(
@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if debug:
             traceback.print_exc()
-        complain(line)
+        if not _told(err):
+            complain(line)
         return code
     finally:
         finish()
@@ -127,6 +128,18 @@ def explain(err: BaseException, resumable: bool) -> tuple[int, str]:
     if isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT):
         return 4, f"fissile: error: no space left on the disk of {err.filename or 'the output'}"
     return 1, f"fissile: error: {type(err).__name__}: {err} (--debug shows the traceback)"
+
+
+def _told(err: BaseException) -> bool:
+    """Whether the line about an error comes from another process of the same launch."""
+    if isinstance(err, Told):
+        return True
+    from fissile.run.together import follows
+
+    dist = sys.modules.get("torch.distributed")
+    alone = dist is None or not dist.is_initialized()
+    # Before the processes have joined, all of them find the same mistake.
+    return isinstance(err, FissileError) and alone and follows()
 
 
 def _out_of_memory(err: BaseException) -> bool:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from fissile.run.together import follows
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -30,7 +32,7 @@ def progress(args: argparse.Namespace) -> Iterator[Show]:
     Args:
         args: parsed arguments; `quiet` is read.
     """
-    if args.quiet:
+    if args.quiet or follows():
         yield _silent
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         yield from _bar()

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     given = {key: value for key in KEYS if (value := getattr(args, key)) is not None}
     recipe = parse_recipe({"seed": args.seed, "quantize": given}, where="quantize")
     from fissile.run.pipeline import quantize_checkpoint
+    from fissile.run.together import follows
 
     with progress(args) as show:
         result = quantize_checkpoint(
@@ -66,5 +67,7 @@ def run(args: argparse.Namespace) -> int:
             download=args.download,
             progress=show,
         )
+    if follows():
+        return 0
     emit(args, result, tidy(result))
     return 0

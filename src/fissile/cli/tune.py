@@ -20,7 +20,8 @@ def add_parser(subparsers: Subparsers) -> Parser:
         summary="train an artifact's scales, zeros and norms on text; integers stay",
         description="One integer tensor, many tasks. With --data: train the floats of every width "
         "on a task's text and write them alone, a small file. With --floats: write the artifact "
-        "anew with such a file, the same integers inside.",
+        "anew with such a file, the same integers inside. Once for all: --set rank=8 --set "
+        "period=64 trains all mixes of widths, --budget then finds the best one that fits.",
         example="fissile tune nested --data task.jsonl --out task.safetensors\n"
         "  fissile tune nested --floats task.safetensors --out nested-task",
     )
@@ -33,6 +34,16 @@ def add_parser(subparsers: Subparsers) -> Parser:
     parser.add_argument("--steps", type=positive, default=100, metavar="N", help="of training")
     parser.add_argument("--tokens", type=positive, default=65536, metavar="N", help="of the text")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
+    parser.add_argument(
+        "--budget", metavar="SIZE", help="search a width for every weight too: 2.6bpw, 4GiB"
+    )
+    parser.add_argument(
+        "--mixes",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="of --budget: random mixes that are scored, and half as many within the budget",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -50,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{out} exists; pass --overwrite to replace it, or another --out")
     if not out.absolute().parent.is_dir():
         raise UsageError(f"--out {out}: its folder does not exist")
+    if args.floats is not None and args.budget is not None:
+        raise UsageError("--budget belongs to --data: --floats holds the widths that were found")
     from fissile.config import Tune
     from fissile.recipe_files import parse_settings
     from fissile.run.tasks import tune_task, with_floats
@@ -67,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
                 tokens=args.tokens,
                 seed=args.seed,
                 progress=show,
+                budget=args.budget,
+                mixes=(args.mixes, max(1, args.mixes // 2)),
             )
     emit(args, result, tidy(result))
     return 0

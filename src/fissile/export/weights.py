@@ -51,7 +51,7 @@ class Weights:
     """Tensors of an artifact, or of a dense checkpoint, under canonical names.
 
     Args:
-        source: the checkpoint; nested weights are decoded at its width.
+        source: the checkpoint; nested weights are decoded at its width, or each at its own.
 
     Attributes:
         made: more tensors by name, for the pieces of a lowering.
@@ -84,7 +84,7 @@ class Weights:
 
     def is_coded(self, name: str) -> bool:
         """Whether a tensor is an affine image of codes 0..15 in groups that 32 divides."""
-        nested, bits = self.source.nested, self.source.bits
+        nested, bits = self.source.nested, self.source.width_of(name)
         if nested is None or bits not in NESTED or name not in nested["modules"]:
             return False
         group = nested.get("groups", {}).get(name, nested["group_size"])
@@ -94,7 +94,7 @@ class Weights:
     def coded(self, name: str) -> Coded:
         """Codes of a tensor for which `is_coded` holds, one scale and zero per 32 inputs."""
         if name not in self._coded:
-            bits = self.source.bits
+            bits = self.source.width_of(name)
             assert bits is not None
             suffixes = (*(f"plane_{k}" for k in NESTED if k <= bits), f"theta_{bits}")
             parts = {suffix: self._reader.load(f"{name}.{suffix}") for suffix in suffixes}

@@ -55,6 +55,12 @@ class UnitStore:
         text = json.dumps(record or {}, sort_keys=True)
         atomic_write_bytes(path, save(ready, metadata={"record": text}))
 
+    def discard(self, unit: str) -> None:
+        """Remove a unit that nothing will ask for any more."""
+        path = self.path(unit)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
     def load(self, unit: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and record of a complete unit.
 

@@ -84,6 +84,10 @@ class CheckpointSource:
         """A tensor of the files as it lies there."""
         return self._reader.load(name)
 
+    def width_of(self, name: str) -> int | None:
+        """Bits that a nested weight is served at; None where weights are floats."""
+        return self._mixed.get(name, self.bits)
+
     def parts(self, name: str) -> dict[str, Tensor]:
         """Packed parts of a nested weight of an artifact, by suffix, those of all widths."""
         assert self.nested is not None
@@ -114,8 +118,8 @@ class CheckpointSource:
     def _stored(self, name: str) -> Tensor:
         if self.nested is None or name not in self.nested["modules"]:
             return self._finite(name, self._reader.load(name, torch.float32))
-        assert self.bits is not None
-        bits = self._mixed.get(name, self.bits)
+        bits = self.width_of(name)
+        assert bits is not None
         segments = segment_names(bits, self.nested["widths"])
         parts = {suffix: self._reader.load(f"{name}.{suffix}") for suffix in segments}
         companding = self.nested.get("companding", {}).get(name, 1.0)

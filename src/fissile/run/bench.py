@@ -19,8 +19,10 @@ BENCHES = Registry(
         "layer": "fissile.run.bench_layer:BENCH",
         "mmlu": "fissile.run.bench_mmlu:BENCH",
         "peers": "fissile.run.bench_peers:BENCH",
+        "ranks": "fissile.run.bench_ranks:BENCH",
         "solver": "fissile.run.bench_solver:BENCH",
         "speed": "fissile.run.bench_speed:BENCH",
+        "widths": "fissile.run.bench_widths:BENCH",
     },
 )
 

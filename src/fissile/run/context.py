@@ -23,7 +23,7 @@ from fissile.run.ledger import Ledger
 if TYPE_CHECKING:
     from fissile.models.source import CheckpointSource
     from fissile.refactor.calibrate import Windows
-    from fissile.refactor.workers import Workers
+    from fissile.workers import Workers
 
 Progress = Callable[[str, int, int, str], None]
 log = logging.getLogger("fissile")

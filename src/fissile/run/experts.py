@@ -29,16 +29,15 @@ from fissile.refactor.oracle import (
     top_experts,
 )
 from fissile.refactor.partition import Partition
-from fissile.refactor.readme_router import distill_readme
 from fissile.refactor.router import (
     choice_costs,
-    distill_router,
     oracle_targets,
     router_logits,
     threshold_targets,
 )
 from fissile.refactor.sample import pick_windows
 from fissile.refactor.statistics import NeuronStatistics
+from fissile.run.distil import RouterLesson, distil
 from fissile.run.extraction import Calibrated, partitions_of, stored_weights
 from fissile.run.rivals import RIVALS, overlap_targets_of, rival_experts
 from fissile.run.selectors import (
@@ -242,32 +241,13 @@ def _pregated(
     store: UnitStore,
 ) -> Experts:
     """A router that decides before layer 0."""
-    settings, top_k = recipe.route, recipe.extract.top_k
+    top_k = recipe.extract.top_k
     if not store.has("router"):
         norms_LTE = torch.stack(norms)
-        config = with_routing(
-            given.dense.config, routing_of("pregate", partitions, top_k, settings)
-        )
-        checkpoint, ids_NS = store.path("router_training"), given.windows.ids_NS
-        common: dict[str, Any] = {
-            "seed": recipe.seed,
-            "checkpoint": checkpoint,
-            "progress": given.progress,
-        }
-        if settings.block == "readme":
-            targets = overlap_targets_of(given, recipe, partitions)
-            trained = distill_readme(given.dense, config, ids_NS, targets, settings, **common)
-        else:
-            measured = stored_weights(expert_store) if settings.sensitivity else []
-            weights_L = torch.tensor(measured) if any(measured) else None
-            if settings.dynamic_k:
-                most = choice_routing(recipe)["max_k"]
-                targets = threshold_targets(norms_LTE, settings.per_layer, top_k, most, weights_L)
-            else:
-                targets = oracle_targets(norms_LTE, settings.per_layer, weights_L)
-            if settings.per_layer and weights_L is not None:
-                common["weights_H"] = choice_costs(norms_LTE, weights_L)
-            trained = distill_router(given.dense, config, ids_NS, targets, settings, **common)
+        ids_NS = given.windows.ids_NS
+        lesson = _lesson(given, recipe, partitions, norms_LTE, expert_store)
+        trained = distil(given, recipe, lesson, store)
+        config = with_routing(given.dense.config, lesson.routing)
         batch = recipe.calibrate.batch_tokens
         logits = router_logits(given.dense, config, trained.state, ids_NS, batch)
         report = report_routing(norms_LTE, logits, top_k, given.windows)
@@ -279,6 +259,30 @@ def _pregated(
     tensors, kept = store.load("router")
     curve, report, routing = kept["curve"], kept["report"], kept["routing"]
     return Experts(partitions, top_k, [], tensors, routing, curve, report)
+
+
+def _lesson(
+    given: Calibrated,
+    recipe: Recipe,
+    partitions: list[AnyPartition],
+    norms_LTE: Tensor,
+    expert_store: UnitStore,
+) -> RouterLesson:
+    """What the recipe's router learns from the oracle, or from Read-ME's overlaps."""
+    settings, top_k = recipe.route, recipe.extract.top_k
+    routing = routing_of("pregate", partitions, top_k, settings)
+    if settings.block == "readme":
+        return RouterLesson(routing, overlap_targets_of(given, recipe, partitions))
+    measured = stored_weights(expert_store) if settings.sensitivity else []
+    weights_L = torch.tensor(measured) if any(measured) else None
+    if settings.dynamic_k:
+        most = choice_routing(recipe)["max_k"]
+        targets = threshold_targets(norms_LTE, settings.per_layer, top_k, most, weights_L)
+    else:
+        targets = oracle_targets(norms_LTE, settings.per_layer, weights_L)
+    if not settings.per_layer or weights_L is None:
+        return RouterLesson(routing, targets)
+    return RouterLesson(routing, targets, choice_costs(norms_LTE, weights_L))
 
 
 def report_routing(

@@ -6,7 +6,7 @@ Shapes: L layers, F FFN width, E routed experts, M neurons per expert, K chosen 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -25,6 +25,7 @@ from fissile.refactor.sample import RouterSees, pick_windows, refine_experts
 from fissile.refactor.statistics import NeuronStatistics, Score
 from fissile.refactor.training import Progress
 from fissile.run.systems import sees_of
+from fissile.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Calibrated:
         windows: calibration text.
         store: where the neuron statistics of every layer are.
         progress: called as (stage, done, total, detail).
+        workers: processes of the run.
     """
 
     dense: StreamedModel
     windows: Windows
     store: UnitStore
     progress: Progress
+    workers: Workers = field(default_factory=Workers)
 
     def statistics(self, layer: int) -> NeuronStatistics:
         """Neuron statistics of one layer, read when asked for."""

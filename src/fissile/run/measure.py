@@ -18,9 +18,7 @@ from fissile.eval.tokens import load_tokenizer
 from fissile.families.artifact import float_shapes
 from fissile.kernels.layout import loaded_bytes
 from fissile.models.source import load_source
-from fissile.models.stream import StateSource
 from fissile.quant.layers import QuantizedLayer, final_layer, read_layer
-from fissile.quant.solvers import Solver
 from fissile.refactor.controls import fixed_choice, install_control
 from fissile.refactor.convert import ConvertedSource
 from fissile.refactor.recover import train_to_teacher
@@ -28,7 +26,8 @@ from fissile.refactor.refit import RefitLayer
 from fissile.run.active import counting_active
 from fissile.run.answers import Answers
 from fissile.run.context import RunContext
-from fissile.run.nesting import baseline_solver, decoded, nested_solver
+from fissile.run.nesting import decoded
+from fissile.run.solving import Job
 from fissile.run.stages import Stages
 from fissile.run.systems import OVERRIDES, UNRECOVERED, as_control, router_name
 from fissile.run.together import earlier_norms
@@ -178,32 +177,25 @@ class Measurements:
         return self._served(models.load(self.context.out / "model", bits=bits))
 
     def _baseline(self, kind: Any, bits: int) -> dict[str, Any]:
-        solver = baseline_solver(kind, bits, self.recipe.quantize, self.recipe.seed)
-        source = self.stages.recovered
-        unit = f"controls/{kind}.{bits}"
-        layers = self._solved(source, solver, unit, tune=kind == "dedicated")
-        return self._score(load_source(decoded(source, layers)))
+        job = Job(f"controls/{kind}.{bits}", baseline=kind, bits=bits)
+        layers = self._solved(job, tune=kind == "dedicated")
+        return self._score(load_source(decoded(self.stages.recovered, layers)))
 
-    def _solved(
-        self, source: StateSource, solver: Solver, unit: str, *, tune: bool
-    ) -> Iterator[QuantizedLayer]:
+    def _solved(self, job: Job, *, tune: bool) -> Iterator[QuantizedLayer]:
         """Layers of another quantized model, tuned where the recipe's own are."""
-        layers = self.stages.run_solver(source, solver, unit)
+        layers = self.stages.solved(job)
         if not (tune and self.recipe.quantize.tune.steps):
             yield from layers
             return
         count = sum(1 for _ in layers)
-        self.stages.tuned(source, unit)
+        self.stages.tuned(self.stages.source_of(job), job.unit)
         for i in range(count):
-            yield final_layer(self.context.journal.store(unit), i)
+            yield final_layer(self.context.journal.store(job.unit), i)
 
     def _quantized_dense(self, bits: int) -> dict[str, Any]:
         """The control of the whole idea: the dense model, merely quantized."""
-        source = self.context.source
-        solver = nested_solver(self.recipe.quantize, self.recipe.seed)
-        unit = "controls/quantized_dense"
-        layers = self._solved(source, solver, unit, tune=True)
-        return self._score(load_source(decoded(source, layers, bits)))
+        layers = self._solved(Job("controls/quantized_dense", dense=True), tune=True)
+        return self._score(load_source(decoded(self.context.source, layers, bits)))
 
     # -- assembling ------------------------------------------------------------------------------
 

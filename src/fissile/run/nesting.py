@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from math import prod
 
+import torch
 from torch import Tensor
 
 from fissile.config import Baseline, Quantize
@@ -18,7 +19,7 @@ from fissile.models.source import MemorySource
 from fissile.models.stream import StateSource
 from fissile.quant.allocate import Allocation, Choice, allocate, budget_bytes
 from fissile.quant.baselines import gptaq, gptq, rtn
-from fissile.quant.decouple import solve
+from fissile.quant.decouple import choose_companding, probed_rows, solve
 from fissile.quant.decoupleq import decoupleq
 from fissile.quant.layers import QuantizedLayer, final_layer
 from fissile.quant.nested import NestedWeight
@@ -61,6 +62,17 @@ def nested_solver(settings: Quantize, seed: int) -> Solver:
             targets=targets,
         )
 
+    def table(weight: Tensor, evidence: Evidence, group: int) -> float:
+        rows = probed_rows(weight.shape[-2])
+        weight_BOI = weight[..., rows, :].reshape(-1, len(rows), weight.shape[-1])
+        hessian_BII = evidence.hessian.reshape(-1, *evidence.hessian.shape[-2:])
+        if evidence.drift:
+            targets = float_targets(weight[..., rows, :], evidence, settings.blend, settings.damp)
+            weight_BOI = torch.stack([targets[k].reshape(weight_BOI.shape) for k in widths])
+        return choose_companding(
+            weight_BOI, hessian_BII, widths, settings.omega, group, settings.damp
+        )
+
     residual = settings.widths[len(widths) :]
     # Norms serve all widths: what helps 2 bits would cost 8.
     block = settings.block.model_copy(update={"norm_rate": 0.0} if residual else {})
@@ -73,6 +85,7 @@ def nested_solver(settings: Quantize, seed: int) -> Solver:
         seed,
         residual,
         settings.budget is not None,
+        table if settings.companding is None else None,
     )
 
 

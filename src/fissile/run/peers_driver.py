@@ -193,6 +193,10 @@ def _gptqmodel(
     for part in sorted((folder / "packed").glob("*.safetensors")):
         state |= load_file(part)
     told = {k: v for k, v in config.to_dict().items() if isinstance(v, str | int | float | dict)}
+    # A folder of this machine says nothing about the result.
+    meta = told.get("meta")
+    if isinstance(meta, dict):
+        told["meta"] = {k: v for k, v in meta.items() if not k.endswith("_path")}
     return gptq_weights(state, job["bits"], job["group_size"]), told
 
 

@@ -21,7 +21,9 @@ def table(measured: list[Measured]) -> list[dict[str, Any]]:
     "gap" is the mean over seeds of the mean over domains of ln ppl - ln ppl(dense). Beside a system
     of ours stand two of the peers of its width: "best_peer" has the smallest gap at its group size,
     "best_peer_at_cost" the smallest of all group sizes among those that take no fewer bits per
-    weight. "of_best_peer" and "of_best_peer_at_cost" are the ratios of gaps.
+    weight. "of_best_peer" and "of_best_peer_at_cost" are the ratios of gaps; "of_dedicated",
+    "of_decoupleq" and "of_gptq" those to our own of the same width and group size (dedicated of the
+    same effort).
 
     Args:
         measured: single results; those with "missing" give a row with the reason.
@@ -41,7 +43,20 @@ def table(measured: list[Measured]) -> list[dict[str, Any]]:
             best = min(against, key=lambda other: float(other["gap"]), default=None)
             if best is not None and best["gap"] > 0:
                 row |= {name: best["system"], f"of_{name}": row["gap"] / best["gap"]}
+        row |= _of_ours(row, rows)
     return sorted(rows, key=lambda r: (r["bits"], r["group_size"], r.get("gap", float("inf"))))
+
+
+def _of_ours(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Ratios of a row's gap to those of our own baselines."""
+    found = {}
+    for other in rows:
+        name, alike = other["system"], all(other[k] == row[k] for k in ("bits", "group_size"))
+        wanted = name in ("decoupleq", "gptq")
+        wanted |= name == "dedicated" and other.get("effort") == row.get("effort")
+        if wanted and alike and name != row["system"] and other.get("gap", 0.0) > 0:
+            found[f"of_{name}"] = row["gap"] / other["gap"]
+    return found
 
 
 def _row(key: tuple[str, str | None, int, int], found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from fissile.run.together import earlier_norms, follow, follows
 
 if TYPE_CHECKING:
     from fissile.models.source import CheckpointSource
-    from fissile.refactor.workers import Workers
     from fissile.run.measure import Measurements
+    from fissile.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -101,23 +101,24 @@ def run_recipe(
 
     checkpoint = CheckpointSource(folder)
     earlier_norms(recipe)
-    if follows():
-        follow(lambda workers: _context(recipe, checkpoint, out, workers, resume=True))
-        return RunSummary(out, None, None, [], {})
-    from fissile.refactor.workers import join_workers
+    from fissile.workers import join_workers
 
-    with locked(out):
-        how = {"resume": resume, "overwrite": overwrite}
-        context = _context(recipe, checkpoint, out, join_workers(), progress, **how)
-        clean_leftovers(out / "model")
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        atomic_write_bytes(out / "recipe.yaml", text.encode())
-        atomic_write_json(out / "plan.json", plan.to_dict())
-        with logged(out), stop_on_signals(context.stop):
-            summary = _run_stages(context, stop_after)
-        # The end of the wait of the other processes.
-        context.workers.from_main(0.0)
-        return summary
+    workers = join_workers()
+    with workers.one_voice():
+        if not workers.main:
+            follow(workers, lambda: _context(recipe, checkpoint, out, workers, resume=True))
+            return RunSummary(out, None, None, [], {})
+        with locked(out):
+            how = {"resume": resume, "overwrite": overwrite}
+            context = _context(recipe, checkpoint, out, workers, progress, **how)
+            clean_leftovers(out / "model")
+            text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+            atomic_write_bytes(out / "recipe.yaml", text.encode())
+            atomic_write_json(out / "plan.json", plan.to_dict())
+            with logged(out), stop_on_signals(context.stop):
+                summary = _run_stages(context, stop_after)
+            workers.call(None)
+            return summary
 
 
 def _context(
@@ -266,7 +267,7 @@ def quantize_checkpoint(
         progress: called as (stage, done, total, detail).
 
     Returns:
-        Folder, bytes, seconds, mean relative loss per width, ledger counts.
+        Folder, bytes, seconds, mean relative loss per width, ledger counts; nothing if not main.
 
     Raises:
         UsageError, UnsupportedModel, ResourceError, QualityGate, Interrupted: as `run_recipe`.
@@ -285,6 +286,8 @@ def quantize_checkpoint(
         download=download,
         progress=progress,
     )
+    if follows():
+        return {}
     losses = _mean_losses(work)
     if out.exists():
         shutil.rmtree(out)

@@ -18,8 +18,7 @@ from fissile.export.artifact import write_artifact
 from fissile.io.units import UnitStore
 from fissile.models.source import MemorySource, UnitSource, load_source, save_units
 from fissile.models.stream import StateSource, StreamedModel
-from fissile.quant.layers import QuantizedLayer, quantize_model
-from fissile.quant.solvers import Solver
+from fissile.quant.layers import QuantizedLayer, quantize_model, read_layer
 from fissile.refactor.calibrate import Windows, gather_statistics
 from fissile.refactor.convert import ConvertedSource, routing_of
 from fissile.refactor.domains import MembershipPartition
@@ -27,11 +26,13 @@ from fissile.refactor.recover import train_to_teacher
 from fissile.refactor.refit import RefitLayer, refit_layers
 from fissile.refactor.sample import pick_windows
 from fissile.run.context import RunContext
+from fissile.run.distil import distil_along
 from fissile.run.experts import Experts, build_experts, static_bias, static_layer
 from fissile.run.extraction import Calibrated, layer_sizes, partitions_of
 from fissile.run.ledger import Event
-from fissile.run.nesting import artifact_tensors_of, nested_solver, origin_of
+from fissile.run.nesting import artifact_tensors_of, origin_of
 from fissile.run.rivals import RIVALS, rival_experts
+from fissile.run.solving import Job
 from fissile.run.systems import expert_unit, router_name, router_unit
 from fissile.run.together import earlier_norms
 from fissile.run.tuning import Tuning
@@ -77,7 +78,7 @@ class Stages:
     def given(self) -> Calibrated:
         """What extraction starts from."""
         store = self.context.journal.store("calibrate")
-        return Calibrated(self.dense, self.windows, store, self.context.tick)
+        return Calibrated(self.dense, self.windows, store, self.context.tick, self.context.workers)
 
     def extract(self) -> dict[str, Any]:
         """Partition the neurons of every layer."""
@@ -225,9 +226,7 @@ class Stages:
         store, workers = self.context.journal.store(f"{unit}/model"), self.context.workers
         if store.has("curve"):
             return store.load("curve")[1]
-        if workers.main:
-            # The word that the other processes wait for.
-            workers.from_main(1.0)
+        workers.call({"task": "train"})
         result = train_to_teacher(
             load_source(source),
             load_source(self.context.source),
@@ -285,9 +284,8 @@ class Stages:
 
     def quantize(self) -> dict[str, Any]:
         """Solve every layer's integers."""
-        solver = nested_solver(self.recipe.quantize, self.recipe.seed)
         events, rows = [], []
-        for i, layer in enumerate(self.run_solver(self.recovered, solver, "quantize")):
+        for i, layer in enumerate(self.solved(Job("quantize"))):
             events += [Event(stage="quantize", layer=i, **event) for event in layer.events]
             for name, losses in layer.losses.items():
                 loss = {str(width): value for width, value in losses.items()}
@@ -311,21 +309,41 @@ class Stages:
         )
         return work.run(source, self.context.journal.store(unit))
 
-    def run_solver(
-        self, source: StateSource, solver: Solver, unit: str
-    ) -> Iterator[QuantizedLayer]:
-        """Quantize a model with any solver, one layer in memory at a time."""
-        settings = self.recipe.quantize
-        return quantize_model(
+    def source_of(self, job: Job) -> StateSource:
+        """The float model that is quantized."""
+        return self.context.source if job.dense else self.recovered
+
+    def solved(self, job: Job) -> Iterator[QuantizedLayer]:
+        """Quantize a model with any solver, one layer in memory at a time; all must be taken."""
+        settings, workers = self.recipe.quantize, self.context.workers
+        source, store = self.source_of(job), self.context.journal.store(job.unit)
+        layers = range(source.config.num_base_layers)
+        if workers.main and all(store.has(f"layer_{i:03d}") for i in layers):
+            yield from (read_layer(store, i) for i in layers)
+            return
+        workers.call(job.task())
+        yield from quantize_model(
             StreamedModel(source),
             pick_windows(self.windows, settings.tokens).ids_NS,
-            solver,
+            job.solver(self.recipe),
             group_size=settings.group_size,
             attention=settings.attention,
             batch_tokens=self.recipe.calibrate.batch_tokens,
-            store=self.context.journal.store(unit),
+            store=store,
             progress=self.context.tick,
+            workers=workers,
         )
+
+    def join(self, task: dict[str, Any]) -> None:
+        """Take part in what the main process has called for."""
+        match task["task"]:
+            case "route":
+                distil_along(self.given, task)
+            case "train":
+                self.train(self.untrained, "recover")
+            case "quantize":
+                for _ in self.solved(Job.of(task)):
+                    pass
 
     def export(self) -> dict[str, Any]:
         """Write the artifact."""

@@ -1,12 +1,14 @@
-"""A run under `accelerate launch`: the main process works, the others join it for the training.
+"""A run in several processes: the main one works, the others join it where work is shared.
 
-Every stage but the training belongs to the main process. The others wait for its word, read what it
-has left in the run folder, and train along; they write nothing.
+Router training, recovery and quantization are shared; every other stage belongs to the main
+process. The others wait for its call, read what it has left in the run folder, and work along; they
+write nothing.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +18,8 @@ from fissile.errors import CorruptCheckpoint, UsageError
 from fissile.io.units import UnitStore
 
 if TYPE_CHECKING:
-    from fissile.refactor.workers import Workers
     from fissile.run.context import RunContext
+    from fissile.workers import Workers
 
 
 def follows() -> bool:
@@ -25,19 +27,20 @@ def follows() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
-def follow(context_of: Callable[[Workers], RunContext]) -> None:
-    """Train along whenever the main process says so, until it says that the run is over.
+def follow(workers: Workers, context_of: Callable[[], RunContext]) -> None:
+    """Work along whenever the main process calls, until it says that the run is over.
 
     Args:
+        workers: this process among the others.
         context_of: makes the context of the run that the main process has begun.
     """
-    from fissile.refactor.workers import join_workers
+    from fissile.run.context import stop_on_signals
     from fissile.run.stages import Stages
 
-    workers = join_workers()
-    while workers.from_main(0.0):
-        stages = Stages(context_of(workers))
-        stages.train(stages.untrained, "recover")
+    # The main process decides where to stop; without it there is nothing left to wait for.
+    with stop_on_signals(threading.Event()):
+        while (task := workers.called()) is not None:
+            Stages(context_of()).join(task)
 
 
 def earlier_norms(recipe: Recipe) -> list[float] | None:

@@ -7,7 +7,7 @@ never saw.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +20,12 @@ from fissile.config import Quantize, Recover, Tune
 from fissile.io.units import UnitStore
 from fissile.kernels.layout import STORED_BITS
 from fissile.models.stream import StateSource, StreamedModel
-from fissile.quant.layers import read_layer, tuned_unit
+from fissile.quant.layers import QuantizedLayer, read_layer, tuned_unit
+from fissile.quant.once import draw, mean_bits
 from fissile.quant.tune import TunedModel
 from fissile.refactor.recover import Lesson, lessons
-from fissile.refactor.training import Progress, TrainSettings, train
-from fissile.refactor.workers import Workers
+from fissile.refactor.training import Progress, TrainSettings, step_generator, train
+from fissile.workers import Workers
 
 _UNIT = "tuned"
 
@@ -68,7 +69,7 @@ class Tuning:
             return {"steps": 0, "before": {}, "after": {}}
         settings = self.settings.tune
         norms = settings.norms and widths == layers[0].widths
-        tuned = TunedModel(StreamedModel(source), layers, widths, norms=norms)
+        tuned = tuned_model(StreamedModel(source), layers, widths, settings, norms, self.seed)
         teacher = StreamedModel(self.teacher)
 
         def predict(input_ids: Tensor, **_: Any) -> Any:
@@ -81,6 +82,7 @@ class Tuning:
             settings,
             checkpoint=store.path("tuning"),
             progress=self.progress,
+            seed=self.seed,
         )
         for i, changed in enumerate(tuned.finish()):
             store.save(tuned_unit(i), changed)
@@ -92,6 +94,19 @@ def moving_widths(stored: tuple[int, ...]) -> tuple[int, ...]:
     """Widths whose floats may move: six and eight bits are planes upon those of four."""
     below = STORED_BITS + (stored[-1] <= STORED_BITS)
     return tuple(k for k in stored if k < below)
+
+
+def tuned_model(
+    model: StreamedModel,
+    layers: Sequence[QuantizedLayer],
+    widths: tuple[int, ...],
+    settings: Tune,
+    norms: bool,
+    seed: int,
+) -> TunedModel:
+    """What moves under these settings; norms serve all widths and stay where a rank is given."""
+    norms = norms and settings.rank is None
+    return TunedModel(model, layers, widths, norms=norms, rank=settings.rank, seed=seed)
 
 
 def float_lessons(
@@ -137,6 +152,7 @@ def train_floats(
     *,
     checkpoint: Path | None,
     progress: Progress,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Train what moves in a model; undo what did not help.
 
@@ -147,25 +163,21 @@ def train_floats(
         settings: steps and rate.
         checkpoint: file to continue from.
         progress: called as (stage, done, total, detail).
+        seed: of the widths that are drawn.
 
     Returns:
         Loss of the windows that judge, by width, before and after; steps and seconds.
     """
     (fit, judge), widths = taught, tuple(omega)
-    weight = {bits: 4.0**bits * omega[bits] for bits in widths}
-    share = {bits: len(widths) * weight[bits] / sum(weight.values()) for bits in widths}
-
-    def loss_of(number: int) -> Tensor:
-        # A step takes the same windows at every width, one width after the other.
-        step, turn = divmod(number, len(widths))
-        bits = widths[turn]
-        return share[bits] * fit.loss(tuned.at(bits), fit.batch(step))
-
+    if settings.period is None:
+        loss_of, turns = _widths_in_turn(tuned, fit, omega), len(widths)
+    else:
+        loss_of, turns = _drawn_widths(tuned, fit, widths, settings.period, seed), 1
     before = _losses(tuned, judge, widths)
     curve = train(
         tuned.parameters(),
         loss_of,
-        TrainSettings(settings.steps, settings.learning_rate, accumulate=len(widths)),
+        TrainSettings(settings.steps, settings.learning_rate, accumulate=turns),
         checkpoint=checkpoint,
         checkpoint_every=settings.checkpoint_every,
         progress=progress,
@@ -178,6 +190,37 @@ def train_floats(
         "before": {str(bits): loss for bits, loss in before.items()},
         "after": {str(bits): loss for bits, loss in after.items()},
     }
+
+
+def _widths_in_turn(
+    tuned: TunedModel, fit: Lesson, omega: Mapping[int, float]
+) -> Callable[[int], Tensor]:
+    """A step takes the same windows at every width, one width after the other."""
+    widths = tuple(omega)
+    weight = {bits: 4.0**bits * omega[bits] for bits in widths}
+    share = {bits: len(widths) * weight[bits] / sum(weight.values()) for bits in widths}
+
+    def loss_of(number: int) -> Tensor:
+        step, turn = divmod(number, len(widths))
+        bits = widths[turn]
+        return share[bits] * fit.loss(tuned.at(bits), fit.batch(step))
+
+    return loss_of
+
+
+def _drawn_widths(
+    tuned: TunedModel, fit: Lesson, widths: tuple[int, ...], period: int, seed: int
+) -> Callable[[int], Tensor]:
+    """A step draws a width for every weight, at a mean that rises and falls."""
+    groups = tuned.shared_inputs()
+
+    def loss_of(step: int) -> Tensor:
+        mean = mean_bits(step, period, widths)
+        first = draw(list(groups), widths, mean, step_generator(seed, step))
+        bits = {name: first[key] for key, names in groups.items() for name in names}
+        return fit.loss(tuned.at(bits), fit.batch(step))
+
+    return loss_of
 
 
 def _losses(tuned: TunedModel, judge: Lesson, widths: tuple[int, ...]) -> dict[int, float]:

@@ -1,0 +1,139 @@
+"""Our own quantizers in `fissile bench peers`: solved, tuned, decoded and scored."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fissile.config import Baseline, Quantize
+from fissile.io.publish import atomic_write_json
+from fissile.refactor.training import Progress
+
+if TYPE_CHECKING:
+    from fissile.quant.layers import QuantizedLayer
+    from fissile.quant.solvers import Solver
+    from fissile.run.peers_data import Material
+
+Ours = Literal[Baseline, "nested", "nested-residual"]
+Effort = Literal["fast", "balanced", "best"]
+_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class OwnJob:
+    """One quantization by ourselves.
+
+    Attributes:
+        system: nested has all widths in one code, nested-residual those of 6 and 8 too; of all
+            others a job makes one width.
+        effort: None for systems that have none.
+        widths: that it makes.
+        group_size: inputs that share a scale and a zero.
+        seed: of the calibration windows and all else.
+    """
+
+    system: Ours
+    effort: Effort | None
+    widths: tuple[int, ...]
+    group_size: int
+    seed: int
+
+    def folder(self, root: Path) -> Path:
+        """Where its result is kept."""
+        effort = f".{self.effort}" if self.effort else ""
+        widths = "_".join(map(str, self.widths))
+        name = f"{self.system}{effort}.g{self.group_size}"
+        return root / "ours" / name / f"{widths}_bits" / f"seed_{self.seed}"
+
+    def settings(self, tokens: int) -> Quantize:
+        """As a recipe has them."""
+        given = {"effort": self.effort} if self.effort else {}
+        return Quantize.model_validate(
+            {"widths": self.widths, "group_size": self.group_size, "tokens": tokens, **given}
+        )
+
+
+def read_own(job: OwnJob, root: Path) -> dict[int, dict[str, Any]] | None:
+    """What `score_own` found, by width; None if it has not run to its end."""
+    path = job.folder(root) / "score.json"
+    if not path.exists():
+        return None
+    return {int(k): row for k, row in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def score_own(job: OwnJob, material: Material, progress: Progress) -> dict[int, dict[str, Any]]:
+    """Quantize unless that is done, and score every width; a job that was stopped goes on.
+
+    Args:
+        job: what to run.
+        material: model, text and measure.
+        progress: called as (stage, done, total, detail).
+
+    Returns:
+        Width to gap, perplexity by domain, bits per weight, and seconds of all widths together
+        where one process did the whole job.
+    """
+    from fissile.io.units import UnitStore
+    from fissile.models.stream import StreamedModel
+    from fissile.quant.layers import final_layer, quantize_model
+    from fissile.run.nesting import decoded
+    from fissile.run.tuning import Tuning
+
+    if (kept := read_own(job, material.root)) is not None:
+        return kept
+    folder, settings = job.folder(material.root), job.settings(material.tokens)
+    whole = not (folder / "units").exists()
+    store = UnitStore(folder / "units")
+    ids_NS, _ = material.windows(job.seed)
+    began, processor = time.perf_counter(), time.process_time()
+    layers = quantize_model(
+        StreamedModel(material.source),
+        ids_NS,
+        _solver(job, settings),
+        group_size=job.group_size,
+        attention=True,
+        batch_tokens=_BATCH_TOKENS,
+        store=store,
+        progress=progress,
+    )
+    count = sum(1 for _ in layers)
+    if settings.tune.steps and job.system in ("dedicated", "nested", "nested-residual"):
+        targets = UnitStore(material.root / "teacher" / f"seed_{job.seed}")
+        Tuning(material.source, ids_NS, settings, job.seed, targets, progress).run(
+            material.source, store
+        )
+    spent = {"seconds": time.perf_counter() - began}
+    spent["processor_seconds"] = time.process_time() - processor
+    rows: dict[int, dict[str, Any]] = {}
+    for bits in job.widths:
+        model = decoded(material.source, (final_layer(store, i) for i in range(count)), bits)
+        rows[bits] = material.score(model, job.seed)
+        rows[bits]["bits_per_weight"] = _bits([final_layer(store, i) for i in range(count)], bits)
+        rows[bits] |= spent if whole else {}
+    atomic_write_json(folder / "score.json", rows)
+    return rows
+
+
+def _solver(job: OwnJob, settings: Quantize) -> Solver:
+    from fissile.run.nesting import baseline_solver, nested_solver
+
+    if job.system == "nested" or job.system == "nested-residual":
+        return nested_solver(settings, job.seed)
+    return baseline_solver(job.system, job.widths[0], settings, job.seed)
+
+
+def _bits(layers: list[QuantizedLayer], bits: int) -> float:
+    """Bits per weight of what was quantized, when loaded at one width, floats included."""
+    from fissile.kernels.layout import loaded_bytes
+
+    cost = weights = 0
+    for layer in layers:
+        for name, group in layer.groups.items():
+            shape = layer.nested(name).codes.shape
+            cost += 8 * loaded_bytes(shape, group, bits)
+            weights += prod(shape)
+    return cost / weights
