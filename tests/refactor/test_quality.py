@@ -245,7 +245,7 @@ def test_training_brings_a_pruned_model_back_towards_the_dense_one(
     routing = routing_of("static", partitions, 1, ROUTE)
     pruned = ConvertedSource(world.dense.source, partitions, routing)
     settings = Recover(
-        method=method, steps=8, batch_tokens=512, learning_rate=3e-4, rank=8, kd_weight=1.0
+        method=method, steps=12, batch_tokens=1024, learning_rate=3e-4, rank=8, kd_weight=1.0
     )
     result = train_to_teacher(
         load_source(pruned), load_source(world.dense.source), world.fit.ids_NS, settings, seed=0
