@@ -70,13 +70,14 @@ class _Work(NamedTuple):
     blend: float
     block_steps: int
     tune_steps: int
+    companding: float | None
 
 
 # What an effort means where the recipe leaves it out.
 _EFFORT_WORK = {
-    "fast": _Work(0.0, 0, 0),
-    "balanced": _Work(0.5, 10, 0),
-    "best": _Work(0.5, 40, 120),
+    "fast": _Work(0.0, 0, 0, 1.0),
+    "balanced": _Work(0.5, 10, 0, 1.0),
+    "best": _Work(0.5, 100, 120, None),
 }
 
 
@@ -107,7 +108,9 @@ class Quantize(Strict):
         "fissile", description="ours, or decoupleQ as published (one width, integers frozen)"
     )
     companding: float | None = Field(
-        1.0, description="width of the outer cells (1, 1.5 or 2); null: the best for each tensor"
+        1.0,
+        description="width of the outer cells (1, 1.5 or 2); null: the best for each tensor; left"
+        " out: by effort",
     )
     blend: float = Field(
         0.0,
@@ -129,7 +132,8 @@ class Quantize(Strict):
         if not isinstance(data, dict) or str(data.get("effort", "balanced")) not in _EFFORT_WORK:
             return data
         work = _EFFORT_WORK[data.get("effort", "balanced")]
-        filled: dict[str, Any] = {"blend": work.blend, "block": {}, "tune": {}, **data}
+        found = {"blend": work.blend, "companding": work.companding, "block": {}, "tune": {}}
+        filled: dict[str, Any] = {**found, **data}
         # decoupleQ ends with its block stage.
         tuned = 0 if data.get("method") == "decoupleq" else work.tune_steps
         for name, steps in (("block", work.block_steps), ("tune", tuned)):
