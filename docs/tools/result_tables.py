@@ -45,6 +45,7 @@ OURS = {
     "gptq": "GPTQ, our code",
     "nested": "ours, 2, 3 and 4 bits in one code",
 }
+KERNELS = "<!-- kernels: from fissile bench kernels -->"
 STEPS = ("none", "refit", "trained")
 
 
@@ -278,6 +279,45 @@ def layer_7b() -> str:
     )
 
 
+def token_widths() -> str:
+    """Widths chosen for each token beside a width per expert and one width for all."""
+    data = stored("widths")
+    how = data["conditions"]
+    lines = [
+        [row["method"], f"{row['wanted_bits']:g}", f"{row['bits']:.2f}", f"{row['gap']:.4f}"]
+        for row in data["rows"]
+    ]
+    return table(["widths of experts", "wanted bits", "bits", "gap"], lines) + (
+        f"\n\nGap: mean over domains of ln ppl - ln ppl(4 bits). Conditions: {how['tokens']:,}"
+        f" calibration tokens, {how['held_out_tokens']:,} held-out tokens, {how['steps']} steps,"
+        f" seed {how['seed']}; torch {how['versions']['torch']}, {how['threads']} thread."
+    )
+
+
+def router_ideas() -> str:
+    """What was tried to bring one early decision nearer to its oracle."""
+    data = stored("router_ideas")
+    how = data["conditions"]
+    rows = [[f"*{row['system']}*", row] for row in data["bounds"]]
+    rows += [[row["idea"], row] for row in data["ideas"] if "gap" in row or "mass" in row]
+    lines = [
+        [name, *(_number(row.get(key), digits) for key, digits in (("gap", 4), ("mass", 3)))]
+        for name, row in rows
+    ]
+    return table(["", "gap", "mass"], lines) + (
+        f"\n\nKept: {data['kept']}. Conditions: {how['model']}; {how['calibration_tokens']:,}"
+        f" calibration tokens, {how['held_out_tokens']:,} held-out tokens, seed {how['seed']};"
+        f" {how['measure']}; {how['note']}."
+    )
+
+
+def kernels() -> str:
+    """First product of the table that `bench kernels --set readme=docs/results.md` writes."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    inner = text.partition(KERNELS)[2].partition("<!-- end of kernels -->")[0]
+    return "\n".join(inner.strip().splitlines()[:5])
+
+
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
@@ -292,6 +332,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantizers": quantizers,
     "mmlu-speed": mmlu_speed,
     "layer-7b": layer_7b,
+    "token-widths": token_widths,
+    "router-ideas": router_ideas,
+    "kernels": kernels,
 }
 
 

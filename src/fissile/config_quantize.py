@@ -132,8 +132,8 @@ class Quantize(Strict):
         if not isinstance(data, dict) or str(data.get("effort", "balanced")) not in _EFFORT_WORK:
             return data
         work = _EFFORT_WORK[data.get("effort", "balanced")]
-        found = {"blend": work.blend, "companding": work.companding, "block": {}, "tune": {}}
-        filled: dict[str, Any] = {**found, **data}
+        filled: dict[str, Any] = {"blend": work.blend, "companding": work.companding}
+        filled |= {"block": {}, "tune": {}, **data}
         # decoupleQ ends with its block stage.
         tuned = 0 if data.get("method") == "decoupleq" else work.tune_steps
         for name, steps in (("block", work.block_steps), ("tune", tuned)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ import pytest
 from tests.docs.snippets import DOCS, ROOT, snippets_of
 
 import fissile
-from fissile.cli.main import COMMANDS
+from fissile.cli.main import COMMANDS, build_parser
+from fissile.recipe_files import find_recipe, load_recipe, parse_settings
+from fissile.run.bench import BENCHES
 
 MOST_WORDS = 1500
 TOOLS = DOCS / "tools"
@@ -198,13 +201,31 @@ def words(parts: list[str]) -> list[str]:
 
 def test_every_stored_result_has_a_table_and_every_table_is_on_a_page() -> None:
     tables = tool("result_tables")
-    text = "\n".join(path.read_text("utf-8") for path in DOCS.rglob("*.md"))
+    pages = [ROOT / "README.md", *DOCS.rglob("*.md")]
+    text = "\n".join(path.read_text("utf-8") for path in pages)
+    files = {path.name for path in (ROOT / "eval" / "results").iterdir()}
+    assert {name for name in files if name not in text} == set()
     assert {f"<!-- table: {name} -->" for name in tables.TABLES} <= set(text.splitlines())
     filled = tables.fill("<!-- table: demo-routing -->")
     dense = tables.stored("demo")["dense"]["ppl"]
     assert f"Dense: {dense:.2f}" in filled
     with pytest.raises(KeyError):
         tables.fill("<!-- table: no-such -->")
+
+
+def test_benchmarks_that_made_the_results_are_named_as_they_are_called() -> None:
+    """They run for hours: the words parse, and every setting and recipe key is one."""
+    page = (DOCS / "more-results.md").read_text("utf-8")
+    found = re.findall(r"^fissile bench \w+ .+$", page, re.MULTILINE)
+    assert len(found) >= 8
+    parser, _ = build_parser()
+    for command in found:
+        args = parser.parse_args(shlex.split(command)[1:])
+        settings = BENCHES[args.name].settings
+        values = parse_settings(settings, args.set).model_dump()
+        assert not args.models or "models" in values
+        if change := values.get("change"):
+            load_recipe(find_recipe(values["recipe"]), list(change))
 
 
 def test_generated_pages_hold_no_command_that_is_not_run() -> None:

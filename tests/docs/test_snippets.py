@@ -18,7 +18,6 @@ NAMES = ["README.md", "CONTRIBUTING.md", *TUTORIAL]
 NAMES += sorted({path.relative_to(ROOT).as_posix() for path in DOCS.rglob("*.md")} - {*NAMES})
 HELP = "the help of the commands"
 BEFORE = {
-    "README.md": ["fissile eval MODEL_DIR --task mmlu --data MMLU_DIR --shots 5 --out dense.json"],
     HELP: [
         "fissile run demo/moe-nested --model MODEL_DIR --out runs/demo",
         "fissile eval MODEL_DIR --task perplexity --data valid.jsonl --out dense.json",
@@ -86,13 +85,19 @@ def test_a_wrong_command_is_noticed(new_sandbox: Callable[[], Sandbox]) -> None:
     for line in ("fissile plan demo/moe-nestd --model MODEL_DIR", "rm nothing"):
         with pytest.raises(AssertionError):
             sandbox.run(Snippet("here", "sh", line), {})
+    shown = "llama        model_type llama\n…\n"
+    sandbox.run(Snippet("here", "sh", "fissile families", output=shown), {})
+    with pytest.raises(AssertionError, match="does not print"):
+        sandbox.run(Snippet("here", "sh", "fissile families", output=shown.replace("…", "x")), {})
     with pytest.raises(ZeroDivisionError):
         sandbox.run(Snippet("here", "python", "1 / 0"), {})
 
 
 def test_blocks_are_classified() -> None:
     text = 'a\n```sh\nfissile doctor\nfissile run \\\n  x\n```\n```yaml title="a.yaml"\nb: 1\n```\n'
+    text += '```text title="output"\n…\nb\n```\n'
     found = snippets_of("page.md", text + "```text\nout\n```\n```python\nx = 1\n```\n")
+    assert [s.output for s in found] == ["", "", "…\nb\n", ""]
     assert [(s.kind, s.text.split()[0], s.title) for s in found] == [
         ("sh", "fissile", ""),
         ("sh", "fissile", ""),

@@ -42,7 +42,7 @@ MACHINES = (
 )
 _FIRST = "# Estimates of `fissile plan` from the published config.json, until measured:"
 _LAST = (
-    "# This version computes on the CPU; the lines for GPUs are the same arithmetic at their rate."
+    "# This version uses a GPU in recover alone; lines for GPUs are all arithmetic at their rate."
 )
 
 
