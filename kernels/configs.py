@@ -5,8 +5,9 @@ that GPU; without one, `tuning/default.json` speaks, which was never timed. Noth
 while a model serves.
 
 A table: {"gpu", "triton", "command", "measured" (a date, or null), "decode_rows", "scratch_rows",
-"entries": [{"kind", "bits", "rows", "block_m", "block_n", "num_warps", "num_stages", "split"}]}. An
-entry holds up to `rows` rows per expert, the first that fits is taken.
+"skipped" (what did not fit, and why), "entries": [{"kind", "bits", "group", "rows", "block_m",
+"block_n", "num_warps", "num_stages", "split"}]}. An entry holds up to `rows` rows per expert, the
+first that fits is taken.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from typing import Any, Literal
 
 import torch
 
-from fissile.kernels.grids import (
+from fissile.kernels.defaults import (
     Kind,
     LaunchConfig,
+    config_of,
     default_config,
     narrowed,
     planned_config,
 )
 from fissile.kernels.route import RoutePlan
-from fissile.kernels.tiles import TiledWeight
+from fissile.kernels.tiles import TILE_ROWS, TiledWeight
 
 Method = Literal["decode", "prefill", "scratch"]
 FOLDER = Path(__file__).parent / "tuning"
@@ -44,14 +46,14 @@ class Table:
         name: of its file.
         decode_rows: rows per expert up to which the decode kernels run.
         scratch_rows: rows per expert from which decoding to scratch is faster.
-        entries: (kind, bits, rows at most, configuration), in order.
+        entries: (kind, bits, group size, rows at most, configuration), in order.
         measured: when, or None for a table that nobody timed.
     """
 
     name: str
     decode_rows: int
     scratch_rows: int
-    entries: tuple[tuple[Kind, int, int, LaunchConfig], ...]
+    entries: tuple[tuple[Kind, int, int, int, LaunchConfig], ...]
     measured: str | None
 
 
@@ -71,7 +73,8 @@ def parse_table(name: str, fields: dict[str, Any]) -> Table:
     for entry in fields["entries"]:
         block_m, block_n, num_warps, num_stages, split = (int(entry[key]) for key in _NUMBERS)
         config = LaunchConfig(block_m, block_n, num_warps, num_stages, split)
-        entries.append((entry["kind"], int(entry["bits"]), int(entry["rows"]), config))
+        bits, group, most = (int(entry[key]) for key in ("bits", "group", "rows"))
+        entries.append((entry["kind"], bits, group, most, config))
     rows = int(fields["decode_rows"]), int(fields["scratch_rows"])
     return Table(name, *rows, tuple(entries), fields["measured"])
 
@@ -146,26 +149,28 @@ def choose_config(
     row_tiles, blocks = weight.codes.shape[1:3]
     tuned = [
         found
-        for entry_kind, bits, most, found in table.entries
-        if entry_kind == kind and bits == weight.kernel_bits and rows <= most
+        for entry_kind, bits, group, most, found in table.entries
+        if (entry_kind, bits, group) == (kind, weight.kernel_bits, weight.group_size)
+        and rows <= most
     ]
     config = tuned[0] if tuned else planned_config(kind, plan, rows, weight)
     if plan is not None and plan.block != config.block_m:
-        warps = 8 if plan.block >= 64 else config.num_warps
-        config = replace(config, block_m=plan.block, num_warps=warps)
+        fitting = config_of(kind, weight.kernel_bits, plan.block, weight.group_size)
+        config = replace(fitting, split=config.split)
     tiles = -(-rows // config.block_m) if plan is None else len(plan.tile_expert)
     if whole and kind == "decode":
         return narrowed(config, weight, tiles, processors())
     if kind == "decode" and not tuned:
-        config = replace(config, split=split_for(row_tiles, tiles, blocks, processors()))
+        programs = row_tiles * (TILE_ROWS // config.block_n)
+        config = replace(config, split=split_for(programs, tiles, blocks, processors()))
     return replace(config, split=max(1, min(config.split, blocks)))
 
 
 def plan_block(bits: int, rows: int, table: Table | None = None) -> int:
-    """Rows of a tile of a routing plan, which all layers of a step share."""
+    """Rows of a tile of a routing plan, which all layers of a step share, whatever their groups."""
     table = table or current_table()
     kind: Kind = "decode" if choose_method(rows, bits, table) == "decode" else "prefill"
-    for entry_kind, entry_bits, most, found in table.entries:
+    for entry_kind, entry_bits, _, most, found in table.entries:
         if entry_kind == kind and entry_bits == bits and rows <= most:
             return found.block_m
     return default_config(kind, bits, rows).block_m
@@ -183,7 +188,7 @@ def split_for(row_tiles: int, token_tiles: int, blocks: int, count: int) -> int:
     """Parts of the inputs so that the grid fills the GPU about twice.
 
     Args:
-        row_tiles: tiles of 128 rows.
+        row_tiles: tiles of rows.
         token_tiles: tiles of tokens.
         blocks: along the inputs; no part is shorter than two.
         count: processors of the GPU.

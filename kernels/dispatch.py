@@ -54,6 +54,7 @@ def refusal(
     companding: float = 1.0,
     *,
     ask_driver: bool = True,
+    capability: tuple[int, int] | None = None,
 ) -> str | None:
     """Why the compiled kernels do not take such a product; None if they do.
 
@@ -64,15 +65,18 @@ def refusal(
         group_size: of the weight.
         companding: of the weight.
         ask_driver: look at the GPU too, which initialises it.
+        capability: of the GPU, where it is known without.
     """
     if device != "cuda":
         return f"no kernels for device {device}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if ask_driver and torch.version.hip is None and torch.cuda.is_available():
-        found = torch.cuda.get_device_capability()
-        if found < _OLDEST:
-            return f"the GPU has compute capability {found[0]}.{found[1]}, the kernels need 8.0"
+    asked = capability is None and ask_driver and torch.version.hip is None
+    if asked and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+    if capability is not None and capability < _OLDEST:
+        major, minor = capability
+        return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"activations are {dtype}, the kernels take float16 and bfloat16"
     try:
@@ -117,12 +121,9 @@ def experts(
 ) -> Tensor:
     """Sum over a token's experts of weight times output, (T, D).
 
-    All tokens of a step meet an expert at one width. Widths of their own would be sound (the codes
-    of fewer bits are in those of more, and the sorted order could keep them apart) but cost more:
-    an expert that tokens of 2 and of 4 bits choose would be read at 6 bits a weight, or at 4 for
-    both, which serves the former better than they asked. With 8 experts, 2 of them chosen, and half
-    of the tokens at 2 bits, that is 14 % less traffic for 2 tokens, 14 % more for 8 and 36 % more
-    for 16, and half as much memory again. Experts may have widths of their own instead.
+    All tokens of a step meet an expert at one width; widths per token are not served. They would be
+    sound (the codes of fewer bits are in those of more) but cost more than they save, see the page
+    on kernels of the documentation. Experts may have widths of their own instead.
 
     Args:
         x_TD: float16 or bfloat16.
@@ -161,12 +162,15 @@ def one_step() -> Iterator[None]:
         _STEP.reset(token)
 
 
-def report(gpu: str | None, group_size: int = 64) -> dict[str, str]:
+def report(
+    gpu: str | None, group_size: int = 64, capability: tuple[int, int] | None = None
+) -> dict[str, str]:
     """What would run, and why, by width; no device is initialised.
 
     Args:
         gpu: name of the GPU that models are to run on; None for the CPU.
         group_size: of the weights.
+        capability: of the GPU; None where it is not known, which is said.
     """
     table = load_table(gpu, triton_version())
     timed = f"measured {table.measured}" if table.measured else "never timed"
@@ -178,8 +182,12 @@ def report(gpu: str | None, group_size: int = 64) -> dict[str, str]:
                 ("columns", "packed codes, in float32") if missing is None else ("decoded", missing)
             )
         else:
-            refused = refusal("cuda", torch.bfloat16, bits, group_size, ask_driver=False)
+            refused = refusal(
+                "cuda", torch.bfloat16, bits, group_size, ask_driver=False, capability=capability
+            )
             path, why = "triton", f"triton {triton_version()}, launch table {table.name}, {timed}"
+            if capability is None and torch.version.hip is None:
+                why += "; if its compute capability, which was not read, is 8.0 at least"
             if bits == 6:
                 why += "; held as 8 bits"
             if refused is not None:

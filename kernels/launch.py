@@ -11,16 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fissile.kernels.defaults import LaunchConfig, default_config, planned_config
+from fissile.kernels.device import on_device
 from fissile.kernels.grids import (
     ACTIVATIONS,
     Activation,
-    LaunchConfig,
     check_activations,
     check_paired,
     combine_rows,
-    default_config,
     parts_buffer,
-    planned_config,
     run_decode,
     run_prefill,
     use_ptx,
@@ -105,16 +104,17 @@ def decode_gate_up(
     run_decode(x, weight, part, plan, config, gather=True)
     from fissile.kernels.triton_small import combine_neurons_kernel as combine
 
-    combine[(rows, -(-width // 256))](
-        part,
-        h,
-        config.split,
-        part.stride(0),
-        width,
-        h.shape[1],
-        ACT=ACTIVATIONS.index(act),
-        num_warps=4,
-    )
+    with on_device(x):
+        combine[(rows, -(-width // 256))](
+            part,
+            h,
+            config.split,
+            part.stride(0),
+            width,
+            h.shape[1],
+            ACT=ACTIVATIONS.index(act),
+            num_warps=4,
+        )
     return h
 
 
@@ -234,21 +234,22 @@ def dequantize_rows(
     y = torch.empty(shape, dtype=dtype, device=weight.device) if out is None else out
     assert y.is_contiguous()
     tiles, blocks = weight.codes.shape[1:3]
-    dequantize_kernel[(tiles, blocks, experts if expert is None else 1)](
-        *weight_tensors(weight),
-        y,
-        rows,
-        inputs,
-        weight.theta.shape[2],
-        tiles,
-        blocks,
-        expert or 0,
-        BITS=weight.kernel_bits,
-        GROUP=weight.group_size,
-        STEEP=weight.steep,
-        FP16=dtype == torch.float16,
-        PTX=use_ptx(portable),
-        PAIRED=weight.paired,
-        num_warps=8,
-    )
+    with on_device(y):
+        dequantize_kernel[(tiles, blocks, experts if expert is None else 1)](
+            *weight_tensors(weight),
+            y,
+            rows,
+            inputs,
+            weight.theta.shape[2],
+            tiles,
+            blocks,
+            expert or 0,
+            BITS=weight.kernel_bits,
+            GROUP=weight.group_size,
+            STEEP=weight.steep,
+            FP16=dtype == torch.float16,
+            PTX=use_ptx(portable),
+            PAIRED=weight.paired,
+            num_warps=8,
+        )
     return y

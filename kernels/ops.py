@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from fissile.kernels import launch
-from fissile.kernels.configs import choose_config, choose_method, plan_block
+from fissile.kernels.configs import Method, choose_config, choose_method, plan_block
+from fissile.kernels.defaults import LaunchConfig
 from fissile.kernels.launch import Activation
 from fissile.kernels.route import RoutePlan, most_tiles, plan_routes
 from fissile.kernels.tiles import TiledWeight, untile
@@ -69,11 +70,10 @@ def nested_linear(
     """
     tiled = unflatten(weight, about)
     x = x.contiguous()
-    method = choose_method(len(x), tiled.kernel_bits)
-    if method == "scratch":
+    method, config = how_linear(len(x), tiled)
+    if config is None:
         dense = launch.dequantize_rows(tiled, x.dtype, expert=0)
         return torch.nn.functional.linear(x, dense, bias)
-    config = choose_config(method, tiled, len(x))
     run = launch.decode_dense if method == "decode" else launch.prefill_dense
     return run(x, tiled, bias=bias, config=config)
 
@@ -189,12 +189,15 @@ def _(
 ) -> Tensor:
     wide, narrow = unflatten(gate_up, gate_up_about), unflatten(down, down_about)
     route = split_plan(plan, weights_TK, wide.shape[0], wide.kernel_bits)
-    wide_END, narrow_EDF = untile(wide), untile(narrow)
     out_TD = torch.zeros(len(x), narrow.shape[1])
     for expert in range(wide.shape[0]):
         slot = route.slot[route.offsets[expert] : route.offsets[expert + 1]].long()
+        if not len(slot):
+            continue
         token = slot // route.top_k
-        y = _reference(x[token], wide_END[expert], narrow_EDF[expert], act)
+        # One expert at a time: the stack as floats would take many times its memory.
+        wide_ND, narrow_DF = untile(wide.expert(expert))[0], untile(narrow.expert(expert))[0]
+        y = _reference(x[token], wide_ND, narrow_DF, act)
         out_TD.index_add_(0, token, y * weights_TK.reshape(-1)[slot, None])
     return out_TD.to(x.dtype)
 
@@ -258,17 +261,46 @@ def _gated(
     weights_TK: Tensor | None,
 ) -> Tensor:
     """Gate, up and down on a GPU, for one matrix or a stack of experts."""
-    rows = len(x) if plan is None else -(-len(plan.slot) // gate_up.shape[0])
-    method = choose_method(rows, gate_up.kernel_bits)
-    if method == "scratch":
+    method, configs = how_gated(x, gate_up, down, plan)
+    if configs is None:
         return _scratch(x, gate_up, down, act, plan, weights_TK)
-    first = choose_config(method, gate_up, rows, plan, whole=True)
-    second = choose_config(method, down, rows, plan)
+    first, second = configs
     if method == "decode":
         h = launch.decode_gate_up(x, gate_up, plan, act, config=first)
         return launch.decode_down(h, down, plan, weights_TK, config=second)
     h = launch.prefill_gate_up(x, gate_up, plan, act, config=first)
     return launch.prefill_down(h, down, plan, weights_TK, config=second)
+
+
+def how_linear(rows: int, weight: TiledWeight) -> tuple[Method, LaunchConfig | None]:
+    """Which kernel multiplies so many rows by one matrix, and how it is cut; None for scratch."""
+    method = choose_method(rows, weight.kernel_bits)
+    return method, None if method == "scratch" else choose_config(method, weight, rows)
+
+
+def how_gated(
+    x: Tensor, gate_up: TiledWeight, down: TiledWeight, plan: RoutePlan | None
+) -> tuple[Method, tuple[LaunchConfig, LaunchConfig] | None]:
+    """Which kernels run a gated MLP, and how its two products are cut; None for scratch."""
+    rows = len(x) if plan is None else -(-len(plan.slot) // gate_up.shape[0])
+    method = choose_method(rows, gate_up.kernel_bits)
+    if method == "scratch":
+        if plan is None or grouped_product(x, gate_up.shape[1] // 2):
+            return method, None
+        method = "prefill"
+    first = choose_config(method, gate_up, rows, plan, whole=True)
+    return method, (first, choose_config(method, down, rows, plan))
+
+
+def grouped_product(x: Tensor, neurons: int) -> bool:
+    """Whether torch's grouped product takes such activations without asking the host.
+
+    Where it has no kernel (float16, ROCm, GPUs before sm_90) it copies the offsets to the host,
+    which a CUDA graph forbids; rows must be multiples of 16 bytes.
+    """
+    if x.dtype != torch.bfloat16 or x.shape[1] % 8 or neurons % 8 or torch.version.hip is not None:
+        return False
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def _scratch(

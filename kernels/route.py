@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fissile.kernels.device import on_device
+
 ONE_LAUNCH_ROWS = 256
 ONE_LAUNCH_EXPERTS = 127
 
@@ -103,20 +105,21 @@ def _plan_fused(
     rows = index_TK.numel()
     new = torch.empty(2 * tiles + experts + 1 + rows, dtype=torch.int32, device=index_TK.device)
     expert, begin, offsets, slot = new.split([tiles, tiles, experts + 1, rows])
-    route_kernel[(1,)](
-        index_TK.contiguous(),
-        weights_TK.contiguous(),
-        expert,
-        begin,
-        offsets,
-        slot,
-        rows,
-        tiles,
-        EXPERTS=experts,
-        BLOCK=block,
-        ROWS=max(16, 1 << (rows - 1).bit_length()),
-        TILES=max(16, 1 << (tiles - 1).bit_length()),
-        EXPERTS_PAD=max(16, 1 << experts.bit_length()),
-        num_warps=4,
-    )
+    with on_device(index_TK):
+        route_kernel[(1,)](
+            index_TK.contiguous(),
+            weights_TK.contiguous(),
+            expert,
+            begin,
+            offsets,
+            slot,
+            rows,
+            tiles,
+            EXPERTS=experts,
+            BLOCK=block,
+            ROWS=max(16, 1 << (rows - 1).bit_length()),
+            TILES=max(16, 1 << (tiles - 1).bit_length()),
+            EXPERTS_PAD=max(16, 1 << experts.bit_length()),
+            num_warps=4,
+        )
     return RoutePlan(expert, begin, offsets, slot, block, index_TK.shape[1])

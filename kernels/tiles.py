@@ -36,7 +36,6 @@ from fissile.kernels.layout import (
     unpack_residual,
 )
 
-TILE_VERSION = 1
 TILE_ROWS = 128
 PAIR = 8  # gate rows, then as many up rows: a thread of a matrix instruction holds both
 BITS = (2, 3, 4, 6, 8)
@@ -95,6 +94,11 @@ class TiledWeight:
         """The tensors that are there, by attribute."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: part for name, part in found.items() if isinstance(part, Tensor)}
+
+    def expert(self, index: int) -> TiledWeight:
+        """One matrix of a stack, as a view."""
+        views: dict[str, Any] = {k: v[index : index + 1] for k, v in self.tensors().items()}
+        return replace(self, shape=(1, *self.shape[1:]), **views)
 
     def to(self, device: torch.device | str) -> TiledWeight:
         """The same weight on another device."""

@@ -64,7 +64,9 @@ def multiply(
             residual = unpack(extra, None, BITS, 0, 0, FP16, PTX)
         for code in tl.static_range(CODES):
             at = tile * (CODES * 32) + code * 32
-            x = tl.load(x_ptr + at, mask=at < inputs, other=0.0) if PADDED else tl.load(x_ptr + at)
+            if PADDED:
+                at = tl.minimum(at, inputs - 32)  # weights of the padding are 0
+            x = tl.load(x_ptr + at)
             if code % RUN == 0:
                 theta = (tile * SPAN + code // RUN) * 128
                 scale, zero = group_floats(theta_ptr + theta, BITS, STEEP, DTYPE)

@@ -148,7 +148,7 @@ def _amd(target: str, compiled: Any, warps: int) -> Report:
             for k, n in count.items()
             if re.match(r"(global|buffer)_load_(dwordx4|lds_dwordx4)", k)
         ),
-        loop=0,
+        loop=longest_loop(amd_instructions(code)),
         threads=64 * warps,
         opcodes=count,
     )
@@ -170,12 +170,24 @@ def instructions(code: str) -> list[tuple[str, str]]:
     return found
 
 
+def amd_instructions(code: str) -> list[tuple[str, str]]:
+    """The same of an AMD assembly."""
+    found = []
+    for line in code.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            found.append(("", label[1]))
+        elif body := re.match(r"\s+([a-z]+_[a-z0-9_]+)(.*)", line):
+            found.append((body[1], body[2]))
+    return found
+
+
 def longest_loop(lines: Sequence[tuple[str, str]]) -> int:
     """Instructions of the longest loop that holds no other loop; 0 without loops."""
     labels = {name: i for i, (opcode, name) in enumerate(lines) if not opcode}
     loops = []
     for i, (opcode, operands) in enumerate(lines):
-        target = re.search(r"\((\.L_\w+)\)", operands) if opcode.startswith("BRA") else None
+        branches = opcode.startswith(("BRA", "s_cbranch", "s_branch"))
+        target = re.search(r"(\.L\w+)", operands) if branches else None
         if target and labels.get(target[1], i) < i:
             loops.append((labels[target[1]], i))
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]

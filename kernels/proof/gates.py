@@ -7,17 +7,35 @@ instructions for a weight of 4 bits, 4.0 for 3 bits and 2.8 for 2 bits, at full 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fissile.kernels.defaults import (
+    Arch,
+    Kind,
+    LaunchConfig,
+    config_of,
+    decode_blocks,
+    narrow_config,
+    prefill_blocks,
+)
 from fissile.kernels.fields import block_codes, halves
 from fissile.kernels.proof.aot import Report, compile_kernel
+from fissile.kernels.tiles import GROUP_SIZES, TILE_ROWS
 
 DECODE_CAPS = {2: 1.7, 3: 2.5, 4: 2.6}
+# Twice as many floats a weight: at 2 and 4 bits the caps above do not hold.
+DECODE_CAPS_32 = {2: 2.4, 3: 2.5, 4: 3.0}
 COMPANDED_CAP = 4.0
+WIDTHS = (2, 3, 4, 8)
+NVIDIA: tuple[Arch, ...] = ("sm_80", "sm_90")
 # Bytes of shared memory that one block of threads can have.
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
+# 32-bit registers of a multiprocessor, and lanes of a warp.
+REGISTERS = {"sm_80": (65_536, 32), "sm_90": (65_536, 32), "gfx942": (4 * 512 * 64, 64)}
+# Every one of the four schedulers of a multiprocessor has a warp.
+LEAST_WARPS = 4
 _POINTERS = {
     "code_ptr": "*i16",
     "extra_ptr": "*i16",
@@ -52,6 +70,7 @@ class Variant:
         steep: of a companded weight, see `fissile.kernels.fields.STEEP`.
         cap: most instructions a weight, or None.
         unaligned: pointers of which the compiler must not assume 16 bytes.
+        routed: rows of experts, else of one matrix, with a bias.
     """
 
     kernel: str
@@ -69,6 +88,7 @@ class Variant:
     steep: int = 0
     cap: float | None = None
     unaligned: tuple[str, ...] = field(default=())
+    routed: bool = True
 
     @property
     def weights(self) -> int:
@@ -87,12 +107,12 @@ class Variant:
             "FP16": self.fp16,
             "PTX": not self.portable,
             "PADDED": self.padded,
-            "ROUTED": True,
-            "GATHER": self.act >= 0,
-            "SCATTER": self.act < 0,
+            "ROUTED": self.routed,
+            "GATHER": self.routed and self.act >= 0,
+            "SCATTER": self.routed and self.act < 0,
             "TOP_K": 2,
             "ACT": self.act,
-            "BIAS": False,
+            "BIAS": not self.routed,
             "PAIRED": True,
             "STEEP": self.steep,
         }
@@ -147,59 +167,138 @@ def compile_small(name: str, target: str) -> Report:
     )
 
 
-def variants() -> Iterator[Variant]:
-    """What continuous integration compiles."""
-    for target in ("sm_80", "sm_90"):
-        for bits, cap in DECODE_CAPS.items():
-            yield Variant(
-                "decode",
-                target,
-                bits,
-                warps=4 if bits == 3 else 2,
-                stages=2 if bits == 3 else 3,
-                cap=cap,
-            )
-        yield Variant("decode", target, 4, act=0, warps=2, cap=DECODE_CAPS[4])
-        yield Variant("prefill", target, 4, block_m=128, act=0, warps=8, stages=2)
-        # Narrow tiles, which gate and up rows of few tokens are cut into.
-        yield Variant("decode", target, 4, act=0, block_n=32, warps=1, stages=6, cap=2.6)
-    yield Variant("decode", "sm_90", 2, act=0, block_n=32, warps=1, stages=6, cap=DECODE_CAPS[2])
-    yield Variant("decode", "sm_90", 3, act=0, block_n=64, warps=2, cap=DECODE_CAPS[3])
-    yield Variant("decode", "sm_90", 8, warps=2)
-    yield Variant("decode", "sm_90", 2, warps=2, fp16=True, cap=DECODE_CAPS[2])
-    yield Variant("decode", "sm_90", 4, warps=2, fp16=True, act=2, cap=DECODE_CAPS[4])
-    yield Variant("decode", "sm_90", 2, group=32, padded=True)
-    yield Variant("decode", "sm_90", 4, warps=2, group=64)
-    yield Variant("decode", "sm_90", 4, block_m=16, act=0)
-    yield Variant("decode", "sm_90", 3, block_m=32, warps=8, stages=2)
+def shipped(target: Arch, groups: Sequence[int] = GROUP_SIZES) -> Iterator[Variant]:
+    """The products as they are cut by default on a target, at every width and tile.
+
+    Args:
+        target: of the compiler.
+        groups: group sizes.
+    """
+    for bits in WIDTHS:
+        for group in groups:
+            for block in decode_blocks(target):
+                config = config_of("decode", bits, block, group, target)
+                yield _default("decode", target, bits, group, config)
+            for rows in (64, 32) if target in NVIDIA else ():
+                # Gate and up rows of few tokens are cut into narrow tiles.
+                config = narrow_config(bits, group, rows)
+                yield _default("decode", target, bits, group, config, act=0)
+            for block in prefill_blocks(target):
+                config = config_of("prefill", bits, block, group, target)
+                yield _default("prefill", target, bits, group, config, act=0)
+
+
+def _default(
+    kind: Kind, target: Arch, bits: int, group: int, config: LaunchConfig, act: int = -1
+) -> Variant:
+    caps = DECODE_CAPS_32 if group == 32 else DECODE_CAPS
+    capped = kind == "decode" and config.block_m == 8 and target in NVIDIA
+    return Variant(
+        kind,
+        target,
+        bits,
+        block_m=config.block_m,
+        act=act,
+        group=group,
+        block_n=config.block_n,
+        warps=config.num_warps,
+        stages=config.num_stages,
+        portable=target not in NVIDIA,
+        cap=caps.get(bits) if capped else None,
+    )
+
+
+def variants() -> list[Variant]:
+    """What continuous integration compiles; `every_variant` are all.
+
+    Decoding by default at groups of 64 and 128, prefill at groups of 64 and its tallest tile, and
+    one of each of the forms that a product can take besides.
+    """
+    found = [v for target in NVIDIA for v in shipped(target, (64, 128)) if v.kernel == "decode"]
+    for target in NVIDIA:
+        tallest = prefill_blocks(target)[-1]
+        found += [
+            v for v in shipped(target, (64,)) if v.kernel == "prefill" and v.block_m == tallest
+        ]
+    found += shipped("gfx942", (64,))
+    return list(dict.fromkeys([*found, *_forms()]))
+
+
+def every_variant() -> list[Variant]:
+    """Every shipped default of every target at every group size, and the forms besides."""
+    targets: tuple[Arch, ...] = (*NVIDIA, "gfx942")
+    found = [v for target in targets for v in shipped(target)]
+    found += [replace(v, padded=True, cap=None) for v in found]
+    found += [
+        Variant("dequantize", target, bits, group=group, warps=8, portable=target not in NVIDIA)
+        for target in targets
+        for bits in WIDTHS
+        for group in GROUP_SIZES
+    ]
+    return list(dict.fromkeys([*found, *_forms()]))
+
+
+def _forms() -> Iterator[Variant]:
+    """float16, activations, ends within a block, dense rows, companded codes, decoding."""
+    caps = DECODE_CAPS
+    yield Variant("decode", "sm_90", 2, warps=2, fp16=True, cap=caps[2])
+    yield Variant("decode", "sm_90", 4, warps=2, fp16=True, act=2, cap=caps[4])
+    yield Variant("decode", "sm_90", 3, block_n=64, warps=2, act=1, fp16=True, cap=caps[3])
+    for target in NVIDIA:
+        # Inputs of experts are seldom multiples of the 512 that a block of 3 bits has.
+        config = config_of("decode", 3, 8, 64, target)
+        yield replace(_default("decode", target, 3, 64, config), padded=True)
+    yield Variant("decode", "sm_80", 4, group=64, warps=2, routed=False, cap=caps[4])
     yield Variant("decode", "sm_90", 4, block_m=64, warps=8, stages=2)
-    yield Variant("decode", "sm_80", 3, steep=2, stages=2, cap=COMPANDED_CAP)
+    yield Variant("decode", "sm_80", 3, steep=2, block_n=64, warps=2, cap=COMPANDED_CAP)
     yield Variant("decode", "sm_90", 4, steep=3, warps=2, cap=COMPANDED_CAP)
-    for bits in (2, 3, 8):
-        yield Variant("prefill", "sm_90", bits, block_m=128, warps=8, stages=2)
     yield Variant("prefill", "sm_90", 4, block_m=128, warps=8, stages=2, steep=3)
-    yield Variant("dequantize", "sm_90", 3, warps=8)
-    for bits in (2, 3, 4):
-        stages = 1 if bits == 3 else 2
-        yield Variant("decode", "gfx942", bits, block_m=16, portable=True, stages=stages)
-    for bits in (3, 4):
-        yield Variant("prefill", "gfx942", bits, block_m=64, portable=True, warps=8, stages=2)
+    yield Variant("prefill", "sm_80", 2, block_m=128, warps=8, stages=2, routed=False, fp16=True)
+    for bits in WIDTHS:
+        yield Variant("dequantize", "sm_90", bits, group=64, warps=8)
+    yield Variant("dequantize", "sm_80", 3, group=64, warps=8)
+    yield Variant("dequantize", "gfx942", 4, group=64, warps=8, portable=True)
+
+
+def resident_warps(report: Report) -> int:
+    """Warps that the registers and the shared memory of one multiprocessor hold."""
+    registers, lanes = REGISTERS[report.target]
+    warps = report.threads // lanes
+    taken = -(-max(report.registers, 1) // 8) * 8 * report.threads
+    # A block takes 1 KB besides its own, and a multiprocessor has as much more than one block.
+    by_memory = (SHARED[report.target] + 1024) // (report.shared + 1024)
+    return min(registers // taken, by_memory) * warps
 
 
 def misses(variant: Variant, report: Report) -> list[str]:
     """What the machine code of a variant lacks; empty when it passes."""
+    found = general_misses(report)
+    if variant.kernel != "dequantize":
+        if not report.tensor_cores:
+            found.append("no tensor-core instruction")
+        if not report.loop:
+            found.append("no loop was found, so its instructions were not counted")
+    if not report.wide_copies:
+        found.append("no load of 128 bits")
+    # Narrow tiles are for grids that do not fill the GPU.
+    least = LEAST_WARPS if variant.block_n == TILE_ROWS else variant.warps
+    if (warps := resident_warps(report)) < least:
+        found.append(f"{warps} warps fit a multiprocessor, at least {least}")
+    if variant.cap is not None and report.per_weight(variant.weights) > variant.cap:
+        count = report.per_weight(variant.weights)
+        found.append(f"{count:.2f} instructions a weight, at most {variant.cap}")
+    return found
+
+
+def general_misses(report: Report) -> list[str]:
+    """What no kernel may have: spilled registers, a stack, too much shared memory."""
     found = []
     if report.spills:
         found.append(f"{report.spills} instructions spill registers")
     if report.stack:
         found.append(f"{report.stack} bytes of stack a thread")
-    if variant.kernel != "dequantize" and not report.tensor_cores:
-        found.append("no tensor-core instruction")
-    if not report.wide_copies:
-        found.append("no load of 128 bits")
-    if report.shared > SHARED[variant.target]:
-        found.append(f"{report.shared} bytes of shared memory, at most {SHARED[variant.target]}")
-    if variant.cap is not None and report.per_weight(variant.weights) > variant.cap:
-        count = report.per_weight(variant.weights)
-        found.append(f"{count:.2f} instructions a weight, at most {variant.cap}")
+    if report.shared > SHARED[report.target]:
+        found.append(f"{report.shared} bytes of shared memory, at most {SHARED[report.target]}")
+    if not resident_warps(report):
+        found.append(f"{report.registers} registers a thread do not fit a block")
     return found

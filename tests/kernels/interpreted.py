@@ -7,16 +7,28 @@ a process of their own.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tests.kernels.cases import (
+    BF16,
+    EXACT,
+    FP16,
+    ROUNDED,
+    WIDTHS,
+    error,
+    expected,
+    random_parts,
+    routed,
+    tokens,
+)
 from torch import Tensor
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import silu
 from triton.runtime.errors import InterpreterError
 
 from fissile.kernels import (
@@ -32,17 +44,8 @@ from fissile.kernels import (
 )
 from fissile.kernels.launch import LaunchConfig
 from fissile.kernels.proof import interpreter
-from fissile.kernels.proof.interpreter import Guard, Launches
+from fissile.kernels.proof.interpreter import Launches
 from fissile.models import load, modeling_fissile, modules_fissile, nested_fissile
-
-BF16, FP16 = torch.bfloat16, torch.float16
-ACT: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": silu,
-    "gelu": gelu,
-    "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
-}
-# Relative error of what is left before the result is rounded, and with weights rounded first.
-EXACT, ROUNDED = 2e-5, 4e-3
 
 
 @pytest.fixture(autouse=True)
@@ -50,33 +53,12 @@ def _mended() -> None:
     interpreter.install()
 
 
-def random_parts(shape: tuple[int, int, int], group_size: int, seed: int = 0) -> dict[str, Tensor]:
-    """A stored weight whose zeros centre the codes, as a quantizer leaves them."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (2, *shape), generator=generator, dtype=torch.uint8)
-    parts = layout.pack(codes[0]) | layout.pack_residual(codes[1])
-    for bits in layout.WIDTHS:
-        levels = 1 << min(bits, 4)
-        groups = (*shape[:-1], shape[-1] // group_size)
-        scale = (torch.rand(groups, generator=generator) + 0.5) / levels / (16 if bits > 4 else 1)
-        zero = -scale * (levels - 1) / 2 + 0.05 * torch.randn(groups, generator=generator)
-        parts[f"theta_{bits}"] = layout.encode_theta(scale, zero)
-    return parts
-
-
-def tokens(count: int, width: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
-    """Activations with a mean and a few outliers, which offsets would betray."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, width, generator=generator) + 0.3
-    x[:, :: max(width // 4, 1)] *= 8
-    return x.to(dtype)
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
-
-
-WIDTHS = (2, 3, 4, 8)  # each has its own code; 6 bits run that of 8
+@pytest.fixture(scope="session", autouse=True)
+def _single_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
@@ -126,38 +108,6 @@ def test_decoding_to_a_scratch_matrix(bits: int, portable: bool) -> None:
         scratch = torch.full((144, 96), 7.0, dtype=FP16)
         launch.dequantize_rows(weight, FP16, 1, scratch, portable=portable)
         assert torch.equal(scratch, got[1])
-
-
-def routed(kind: str) -> SimpleNamespace:
-    """Experts and 13 tokens: some experts empty, some slots of weight zero, or all on one."""
-    experts, width, neurons, count, top_k = 3, 160, 96, 13, 2
-    generator = torch.Generator().manual_seed(2)
-    first = torch.randint(0, 2, (count,), generator=generator) * 2
-    index = torch.stack([first, 2 - first], 1)
-    weights = torch.rand(count, top_k, generator=generator) + 0.1
-    weights[2], weights[5, 1] = 0, 0
-    if kind == "hot":
-        index, weights = torch.full((count, 1), 1), weights[:, :1]
-    return SimpleNamespace(
-        x=tokens(count, width, BF16),
-        index=index,
-        weights=weights,
-        experts=experts,
-        gate_up=random_parts((experts, 2 * neurons, width), 32, seed=3),
-        down=random_parts((experts, width, neurons), 32, seed=4),
-        add=tokens(count, width, BF16, seed=5),
-    )
-
-
-def expected(case: SimpleNamespace, bits: int, act: str) -> Tensor:
-    gate_up = layout.dequantize(case.gate_up, bits).double()
-    down = layout.dequantize(case.down, bits).double()
-    out = case.add.double()
-    for t, k in torch.nonzero(case.weights).tolist():
-        e = int(case.index[t, k])
-        gate, up = (gate_up[e] @ case.x[t].double()).chunk(2)
-        out[t] += case.weights[t, k].double() * (down[e] @ (ACT[act](gate) * up))
-    return out
 
 
 CASES = [("spread", 2, "silu"), ("hot", 4, "gelu"), ("spread", 3, "gelu_tanh"), ("hot", 8, "silu")]
@@ -309,48 +259,70 @@ def test_the_table_in_one_launch_equals_the_table_of_torch(kind: str) -> None:
             assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
-def watched(bits: int, **changes: Tensor) -> tuple[Guard, dict[str, Tensor]]:
-    """One product with all its tensors under guard; `changes` replaces some of them."""
-    weight = tiles.tile(random_parts((1, 128, 1024), 128), bits)
-    x = tokens(8, 1024, BF16)
-    used = {
-        "x": x,
-        **weight.tensors(),
-        "y": torch.zeros(2, 8, 128),
-    } | changes
-    with Guard(used) as guard:
-        config = LaunchConfig(8, split=2)
-        grids.run_decode(used["x"], weight, used["y"], None, config)
-    return guard, used
+class TestManyRows:
+    """Where decoding to scratch begins, and where torch's grouped product would ask the host."""
+
+    @pytest.fixture(autouse=True)
+    def _a_table_of_few_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        table = configs.Table("few", 1, 2, (), None)
+        monkeypatch.setattr(configs, "current_table", lambda: table)
+
+    @pytest.mark.parametrize("dtype", [BF16, FP16])
+    @pytest.mark.parametrize("kind", ["spread", "hot"])
+    def test_experts(self, kind: str, dtype: torch.dtype) -> None:
+        case = routed(kind)
+        gate_up, down = tiles.tile(case.gate_up, 4, paired=True), tiles.tile(case.down, 4)
+        case.x, case.add = case.x.to(dtype), torch.zeros_like(case.x)
+        rows = -(-case.index.numel() // case.experts)
+        block = configs.plan_block(4, rows)
+        plan = route.plan_routes(case.index, case.weights, case.experts, block)
+        with Launches() as seen:
+            got = ops._gated(case.x, gate_up, down, "silu", plan, case.weights)
+        assert error(got, expected(case, 4, "silu")) < 2 * ROUNDED
+        decoded = seen.names.count("dequantize_kernel")
+        assert (decoded, seen.names.count("prefill_kernel")) == (
+            (2, 0) if dtype == BF16 else (0, 2)
+        )
+        assert "_local_scalar_dense" not in seen.names or dtype == BF16
+
+    def test_one_matrix_and_an_mlp(self) -> None:
+        parts = random_parts((1, 40, 96), 32)
+        x, bias = tokens(5, 96, FP16), tokens(1, 40, FP16)[0]
+        run: Any = ops.nested_linear._init_fn
+        weight = ops.flatten(tiles.tile(parts, 3))
+        with Launches() as seen:
+            got = run(x, *weight, bias)
+        want = x.double() @ layout.dequantize(parts, 3)[0].double().T + bias.double()
+        assert error(got, want) < 2e-3
+        assert seen.names[0] == "dequantize_kernel"
+        wide, narrow = random_parts((1, 64, 96), 32, seed=6), random_parts((1, 96, 32), 32, seed=7)
+        gate_up, down = tiles.tile(wide, 4, paired=True), tiles.tile(narrow, 4)
+        got = ops._gated(x, gate_up, down, "silu", None, None)
+        gate, up = (x.double() @ layout.dequantize(wide, 4)[0].double().T).chunk(2, -1)
+        want = (silu(gate) * up) @ layout.dequantize(narrow, 4)[0].double().T
+        assert error(got, want) < 4e-3
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_a_width_reads_its_bits_and_writes_each_result_once(bits: int) -> None:
-    guard, used = watched(bits)
-    codes = guard.read["codes"] + guard.read["extra"]
-    assert codes * 8 == bits * 128 * 1024
-    floats = guard.read["theta"] + guard.read["theta_extra"]
-    assert floats == (2 if bits == 8 else 1) * 4 * 128 * 8
-    assert guard.written == {"y": used["y"].nbytes}
+def test_every_launch_is_on_its_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[str] = []
+    names = ("decode_kernel", "prefill_kernel", "dequantize_kernel", "combine_rows_kernel")
 
+    @contextmanager
+    def watched_device(_: Tensor) -> Iterator[None]:
+        inside.append("in")
+        yield
 
-def test_routed_products_stay_within_their_tensors() -> None:
-    """Tiles are longer than the rows of an expert and of a weight; nothing past them is touched."""
-    case = routed("spread")
-    gate_up, down = tiles.tile(case.gate_up, 3, paired=True), tiles.tile(case.down, 3)
-    plan = route.plan_routes(case.index, case.weights, case.experts, 8)
-    h, config = torch.zeros(26, 96, dtype=BF16), LaunchConfig(8)
-    table = {name: getattr(plan, name) for name in ("tile_expert", "offsets", "slot")}
-    table["tile_begin"] = plan.tile_begin
-    one = {f"gate_{name}": part for name, part in gate_up.tensors().items()}
-    with Guard({"x": case.x, "h": h, **one, **table}) as guard:
-        grids.run_decode(case.x, gate_up, h, plan, config, act="silu")
-    rows = int(plan.offsets[-1])
-    assert guard.written == {"h": rows * 96 * 2}
-    y = torch.zeros(1, 26, 160)
-    with Guard({"h": h, "y": y, **down.tensors(), **table}) as guard:
-        grids.run_decode(h, down, y, plan, config, scatter=True)
-    assert guard.written == {"y": rows * 160 * 4}
+    for module in (grids, launch, route):
+        monkeypatch.setattr(module, "on_device", watched_device)
+    with Launches() as seen:
+        test_experts_of_few_tokens("spread", 2, "silu")
+        test_experts_of_many_tokens("spread", 2, "silu")
+        launch.dequantize_rows(tiles.tile(random_parts((1, 24, 96), 32), 4), FP16)
+        case = routed("hot")
+        route.plan_routes(case.index, case.weights, case.experts, 8, fused=True)
+    kernels = [n for n in seen.names if n.endswith("_kernel")]
+    assert {*names, "combine_neurons_kernel", "route_kernel"} == {*kernels}
+    assert len(inside) == len(kernels)
 
 
 class TestTheProofCanFail:
@@ -363,18 +335,6 @@ class TestTheProofCanFail:
         with pytest.raises(AssertionError):
             test_groups_of_every_size(2, 64)
 
-    def test_a_tensor_too_short_is_noticed(self) -> None:
-        with pytest.raises(InterpreterError, match=r"load of \d+ addresses outside all tensors"):
-            watched(4, x=tokens(8, 512, BF16))
-
-    def test_two_programs_that_store_to_one_place_are_noticed(self) -> None:
-        with pytest.raises(InterpreterError, match="store to one place"):
-            watched(4, y=torch.zeros(1, 8, 128).expand(2, 8, 128))
-
-    def test_reading_four_bits_for_two_is_noticed(self) -> None:
-        guard, _ = watched(4)
-        assert (guard.read["codes"] + guard.read["extra"]) * 8 != 2 * 128 * 1024
-
     def test_unmended_bfloat16_is_refused(self) -> None:
         import triton
         import triton.language as tl
@@ -386,11 +346,3 @@ class TestTheProofCanFail:
 
         with pytest.raises(InterpreterError, match="cast to float32 first"):
             double[(1,)](torch.ones(16, dtype=BF16))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _single_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

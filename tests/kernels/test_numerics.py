@@ -7,18 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from tests.kernels.needs import needs_triton
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_kernels_equal_float64_in_the_interpreter(finished_run: Path) -> None:
-    pytest.importorskip("triton")
+    needs_triton()
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
-            *("--import-mode=importlib", "--durations=5", "tests/kernels/interpreted.py"),
+            *(
+                "--import-mode=importlib",
+                "--durations=5",
+                "tests/kernels/interpreted.py",
+                "tests/kernels/interpreted_access.py",
+            ),
         ],
         cwd=ROOT,
         env={

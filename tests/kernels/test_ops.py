@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +13,8 @@ from torch import Tensor
 
 from fissile.kernels import dispatch, ops
 from fissile.kernels.configs import Table, choose_config, choose_method, split_for, table_name
-from fissile.kernels.grids import LaunchConfig
+from fissile.kernels.defaults import LaunchConfig
+from fissile.kernels.device import on_device
 from fissile.kernels.layout import (
     WIDTHS,
     dequantize,
@@ -19,7 +23,8 @@ from fissile.kernels.layout import (
     pack_residual,
     segment_names,
 )
-from fissile.kernels.tiles import TiledWeight, tile
+from fissile.kernels.tiles import TiledWeight, tile, untile
+from fissile.models import nested_fissile
 
 BITS, GROUP, D, F, E, T, K = 4, 32, 64, 96, 3, 5, 2
 
@@ -75,17 +80,9 @@ def close(got: Tensor, want: Tensor, relative: float = 1e-5) -> None:
     assert float((got.double() - want).norm() / want.norm()) < relative
 
 
-def one(weight: TiledWeight, expert: int = 0) -> TiledWeight:
-    """One matrix of a stack."""
-    tensors = {name: part[expert : expert + 1] for name, part in weight.tensors().items()}
-    shape = (1, *weight.shape[1:])
-    whole = {f: getattr(weight, f) for f in weight.__dataclass_fields__} | tensors
-    return TiledWeight(**(whole | {"shape": shape}))
-
-
 def test_operators_pass_opcheck(layer: dict[str, Any]) -> None:
     wide, narrow = ops.flatten(layer["wide"]), ops.flatten(layer["narrow"])
-    first, second = ops.flatten(one(layer["wide"])), ops.flatten(one(layer["narrow"]))
+    first, second = ops.flatten(layer["wide"].expert(0)), ops.flatten(layer["narrow"].expert(0))
     index, weights = layer["route"]
     plan = ops.plan_table(index, weights, E, BITS)
     x = layer["x"]
@@ -112,7 +109,7 @@ def test_linear_with_bias_in_float64(layer: dict[str, Any]) -> None:
 def test_mlp_in_float64(layer: dict[str, Any], activation: str) -> None:
     from transformers.activations import ACT2FN
 
-    got = dispatch.mlp(layer["x"], one(layer["wide"], 1), one(layer["narrow"], 1), activation)
+    got = dispatch.mlp(layer["x"], layer["wide"].expert(1), layer["narrow"].expert(1), activation)
     gate, up = (layer["x"].double() @ layer["dense_wide"][1].T).chunk(2, dim=-1)
     close(got, (ACT2FN[activation](gate) * up) @ layer["dense_narrow"][1].T)
 
@@ -123,6 +120,21 @@ def test_experts_in_float64(layer: dict[str, Any]) -> None:
     half = dispatch.experts(layer["x"].bfloat16(), *arguments)
     assert half.dtype == torch.bfloat16
     close(half, experts_in_float64(layer), 2e-2)
+
+
+def test_no_more_than_one_expert_is_decoded_at_a_time(
+    layer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+
+    def counted(weight: TiledWeight) -> Tensor:
+        decoded.append(weight.shape[0])
+        return untile(weight)
+
+    monkeypatch.setattr(ops, "untile", counted)
+    weights = (layer["wide"], layer["narrow"], "silu")
+    close(dispatch.experts(layer["x"], layer["route"], *weights), experts_in_float64(layer))
+    assert decoded == [1] * (2 * E)
 
 
 def test_a_step_sorts_once_and_never_mixes_routes(
@@ -149,14 +161,17 @@ def test_a_step_sorts_once_and_never_mixes_routes(
     assert len(made) == 3
 
 
-def test_compiled_calls_are_the_same(layer: dict[str, Any]) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_calls_are_the_same(layer: dict[str, Any], backend: str) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
     index, ones = layer["route"]
 
     def run(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         route = (index, weights)
         return dispatch.experts(x, route, layer["wide"], layer["narrow"], "silu") + 1
 
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(run, backend=backend, fullgraph=True, dynamic=True)
     for rows in (T, 3):
         arguments = layer["x"][:rows], index[:rows], ones[:rows]
         torch.testing.assert_close(compiled(*arguments), run(*arguments))
@@ -166,7 +181,12 @@ def test_tables_name_the_gpu_and_choose_by_rows(layer: dict[str, Any]) -> None:
     name = table_name("NVIDIA H100 80GB HBM3", "3.6.0+cu128")
     assert name == "nvidia-h100-80gb-hbm3-triton-3.6"
     fast, slow = LaunchConfig(8, 64, 4, 3, 2), LaunchConfig(32, 128, 8, 4, 64)
-    table = Table(name, 64, 1330, (("decode", 4, 8, fast), ("decode", 4, 64, slow)), "2026-01-01")
+    entries: Any = (
+        ("decode", 4, 64, 8, slow),
+        ("decode", 4, 32, 8, fast),
+        ("decode", 4, 32, 64, slow),
+    )
+    table = Table(name, 64, 1330, entries, "2026-01-01")
     assert [choose_method(r, 4, table) for r in (1, 64, 65, 1329, 1330)] == [
         "decode",
         "decode",
@@ -219,3 +239,40 @@ def test_the_report_names_the_code_and_the_reason(monkeypatch: pytest.MonkeyPatc
         assert ("held as 8 bits" in found["6 bits"]) is there
         assert "prefill kernels between" in found["rows of an expert"]
     dispatch.refusal.cache_clear()
+
+
+def test_the_report_refuses_old_gpus_and_says_what_it_did_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: name)
+    dispatch.refusal.cache_clear()
+    old = dispatch.report("Tesla T4", capability=(7, 5))["4 bits"]
+    assert old == "decoded (the GPU has compute capability 7.5, the kernels need 8.0)"
+    assert "which was not read" not in dispatch.report("A100", capability=(8, 0))["4 bits"]
+    assert dispatch.report("A100", capability=(8, 0))["4 bits"].startswith("triton (")
+    assert "which was not read" in dispatch.report("some GPU")["4 bits"]
+    dispatch.refusal.cache_clear()
+
+
+def test_gates_of_a_trained_router_take_the_path_with_gradients() -> None:
+    gates = torch.ones(T, K, requires_grad=True)
+    x: Any = SimpleNamespace(is_cpu=False, requires_grad=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nested_fissile, "compiled_kernels", lambda: (dispatch, ""))
+        assert nested_fissile.kernels_for([], x, "silu", gates) is None
+        assert nested_fissile.kernels_for([], x, "silu", gates.detach()) is dispatch
+        with torch.no_grad():
+            assert nested_fissile.kernels_for([], x, "silu", gates) is dispatch
+
+
+def test_launches_happen_where_the_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.device] = []
+
+    def device(which: torch.device) -> nullcontext[None]:
+        seen.append(which)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    second: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    with on_device(second), on_device(torch.zeros(1)):
+        assert seen == [torch.device("cuda", 1)]

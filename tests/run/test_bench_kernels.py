@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from fissile.errors import UsageError
 from fissile.kernels import configs
+from fissile.kernels.defaults import Kind, default_config
 from fissile.models import load
-from fissile.run import bench_decode, kernel_cases
+from fissile.models.nested_fissile import NestedTensor
+from fissile.run import bench_decode, bench_kernels, kernel_cases, kernel_timing, kernel_tune
 from fissile.run.kernel_cases import LLAMA_3_8B, Built, Case
 from fissile.run.kernel_table import BEGIN, END, read_rows, readme_table, write_readme
 
@@ -28,15 +31,23 @@ def test_a_dry_run_ends_with_rows_a_plot_and_no_numbers(run_cli: Cli, tmp_path: 
     code, out, _ = run_cli("bench", "kernels", "-q", "--json", *words)
     assert code == 0
     result = json.loads(out)
-    rows = [row for row in result["rows"] if "us" in row]
+    rows = [row for row in result["rows"] if "error" in row]
     assert {row["shape"] for row in rows} == {shape.name for shape in LLAMA_3_8B}
     assert {row["implementation"] for row in rows} == {"fissile", "bf16", "grouped_mm"}
     assert {row["bits"] for row in rows} == {4, 8, 16}
     assert all(row["dry"] and 0 < row["error"] < 1e-2 for row in rows)
+    measured = {"us", "least_us", "TBps", "TFs", "launches", "over_floor", "share_of_TBps"}
+    assert not any(measured & {*row} for row in (*result["rows"], *result["steps"]))
+    assert {row["how"] for row in rows if row["implementation"] == "fissile"} == {
+        "float32 reference"
+    }
     notes = {row["note"] for row in result["rows"] if row["implementation"] == "gemlite"}
     assert notes == {"gemlite needs a GPU", "gemlite has no such product"}
     stored = read_rows(files["csv"])
-    assert [row["shape"] for row in stored] == [row["shape"] for row in result["rows"]]
+    every = [*result["rows"], *result["steps"]]
+    assert [row["shape"] for row in stored] == [row["shape"] for row in every]
+    steps = [row for row in stored if row["kind"] == "step"]
+    assert [(row["bits"], row["layers"]) for row in steps] == [(4, 2), (8, 2)] * 2
     assert {"device", "triton", "seed", "versions", "code", "threads"} <= {*stored[0]}
     assert files["plot"].stat().st_size > 1000
     text = readme.read_text()
@@ -87,8 +98,11 @@ def test_refusals_are_one_line(
 
 
 def test_wrong_results_are_not_timed(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
     def wrong(case: Case) -> Built:
         built = kernel_cases.build_fissile(case)
+        asked.append(case.sets)
         return Built([lambda: built.calls[0]() * 1.05], built.truth, built.read_bytes)
 
     monkeypatch.setitem(kernel_cases.IMPLEMENTATIONS, "fissile", wrong)
@@ -97,6 +111,84 @@ def test_wrong_results_are_not_timed(run_cli: Cli, monkeypatch: pytest.MonkeyPat
     code, _, err = run_cli("bench", "kernels", "-q", *settings)
     assert code == 5
     assert "fissile k or v M=1 4 bits: error 0.05" in err
+    assert asked == [1]
+
+
+def test_all_results_are_compared_before_the_first_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[tuple[str, str]] = []
+
+    def checked(case: Case, name: str) -> dict[str, Any]:
+        events.append(("check", name))
+        row = {"shape": case.shape.name, "tokens": case.tokens, "bits": case.bits}
+        return {**row, "implementation": name, "dry": False, "error": 0.0, "experts": 1}
+
+    def timed(_: object, row: dict[str, Any]) -> dict[str, Any]:
+        events.append(("time", row["implementation"]))
+        return {"us": 2.0, "TBps": 1.0, "TFs": 1.0}
+
+    limits = {"copy_TBps": 2.0, "read_TBps": 2.0, "bf16_TFs": 4.0, "empty_kernel_us": 1.0}
+    for name, value in (
+        ("_device", lambda _: "cuda"),
+        ("_chosen", lambda *_: (list(LLAMA_3_8B[:2]), ["fissile", "bf16"])),
+        ("_checked", checked),
+        ("_timed", timed),
+        ("_steps", lambda *_: []),
+        ("ceilings", lambda *_: limits),
+        ("_conditions", lambda *_: {"device": "GPU A"}),
+    ):
+        monkeypatch.setattr(bench_kernels, name, value)
+    settings = bench_kernels.KernelsBench(tokens=(1,), bits=(4,))
+    rows = bench_kernels.run(settings, lambda *_: None)["rows"]
+    assert [kind for kind, _ in events] == ["check"] * 4 + ["time"] * 4
+    assert all(row["share_of_TBps"] == 0.5 and row["vs_bf16"] == 1.0 for row in rows)
+
+
+def test_sets_cover_the_cache_by_what_a_call_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_timing, "cache_bytes", lambda: 50 << 20)
+    one_of_eight = kernel_timing.sets_needed(1 << 20, 8 << 20, "cuda", 24 << 30)
+    assert one_of_eight * (1 << 20) >= 4 * (50 << 20)
+    assert kernel_timing.sets_needed(1 << 20, 8 << 20, "cuda", 80 << 20) == 10
+    experts = LLAMA_3_8B[-1].smaller(32)
+    case = Case(experts, 1, 4, 128, "cpu", 1, 0)
+    assert case.chosen() == experts.top_k
+    assert case.weights_read() * experts.experts == experts.held() * experts.top_k
+    three = Case(LLAMA_3_8B[0], 1, 3, 128, "cpu", 1, 0)
+    padded = three.weight((128, 1792), 0)
+    bits = kernel_cases.tiled_bytes(three, [padded]) * 8 / (128 * 1792)
+    assert bits == pytest.approx((3 + 32 / 128) * 2048 / 1792)
+
+
+def test_tuning_tries_the_default_and_names_what_does_not_fit() -> None:
+    pytest.importorskip("triton")
+    from triton.runtime.errors import OutOfResources
+
+    jobs: list[tuple[Kind, int]] = [("decode", 1), ("decode", 16), ("prefill", 128)]
+    for kind, rows in jobs:
+        for bits in (2, 3, 4, 8):
+            tried = kernel_tune.candidates(kind, rows, bits, 64)
+            assert tried[0] == default_config(kind, bits, rows, 64)
+            assert len(tried) <= 7
+    few = kernel_tune.candidates("decode", 1, 4, 64)
+    calls: list[int] = []
+
+    def measured(_: object) -> float:
+        calls.append(0)
+        if len(calls) == 1:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return 1.0 / len(calls)
+
+    best, without = kernel_tune.fastest("decode", few, measured)
+    assert best == few[-1]
+    assert [config for config, _ in without] == [few[0]]
+    assert "shared memory" in without[0][1]
+
+    def never(_: object) -> float:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    with pytest.raises(UsageError, match="no configuration fits"):
+        kernel_tune.fastest("decode", few, never)
 
 
 def test_tables_are_parsed_as_they_are_shipped() -> None:
@@ -115,9 +207,27 @@ def test_torchs_operator_gets_the_same_weight(finished_run: Path) -> None:
     weight = linear.weight.dense(torch.float64)
     want = x.double() @ weight.T
     for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        got = bench_decode.TorchInt4(linear, dtype)(x)
+        got = bench_decode.TorchInt4(linear.weight, dtype)(x)
         assert got.dtype == x.dtype
         assert float((got.double() - want).norm() / want.norm()) < most
+
+
+@pytest.mark.parametrize(("companding", "most"), [(1.0, 1e-4), (2.0, 0.2)])
+def test_torchs_operator_takes_stacks_of_experts(
+    finished_run: Path, companding: float, most: float
+) -> None:
+    models: list[Any] = [load(finished_run, bits=4) for _ in range(2)]
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, NestedTensor):
+                module.companding = companding
+    assert bench_decode.int4_model(models[1], torch.float32)
+    assert not any(isinstance(module, NestedTensor) for module in models[1].modules())
+    ids = torch.tensor([[5, 17, 230, 8, 99]])
+    with torch.inference_mode():
+        want, got = (model(input_ids=ids).logits.double() for model in models)
+    error = float((got - want).norm() / want.norm())
+    assert 0 < error < most
 
 
 def test_decoding_is_compared_with_the_dense_model(
@@ -129,8 +239,8 @@ def test_decoding_is_compared_with_the_dense_model(
     code, out, err = run_cli(*command, *settings)
     assert code == 0, err
     rows: dict[str, Any] = {row["implementation"]: row for row in json.loads(out)["rows"]}
-    # Torch's operator takes no stacks of experts, so it does not appear.
-    assert [*rows] == ["dense float32", "fissile 4 bits", "fissile 2 bits"]
+    int4 = ["torch int4 bfloat16", "torch int4 float32"]
+    assert [*rows] == ["dense float32", "fissile 4 bits", *int4, "fissile 2 bits"]
     assert rows["dense float32"]["logit_error"] is None
     for name in ("fissile 4 bits", "fissile 2 bits"):
         assert 0 < rows[name]["logit_error"] < 1e-5

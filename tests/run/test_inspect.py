@@ -183,6 +183,7 @@ def test_doctor_keeps_secrets_and_names_the_kernels(monkeypatch: pytest.MonkeyPa
 
 def test_doctor_says_why_a_width_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_DRIVERS", {"nvidia": Path(__file__)})
+    monkeypatch.setattr(doctor, "_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     monkeypatch.setattr(dispatch, "triton_version", lambda: "3.6.0")
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name)

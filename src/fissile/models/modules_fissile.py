@@ -110,7 +110,8 @@ class NestedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         nested = [self.gate_up_proj, self.down_proj]
-        if (kernels := kernels_for(nested, hidden_states, self.activation)) is not None:
+        kernels = kernels_for(nested, hidden_states, self.activation, top_k_weights)
+        if kernels is not None:
             gate_up = held_by_kernels(kernels, nested[:1], paired=True)
             down = held_by_kernels(kernels, nested[1:])
             route = top_k_index, top_k_weights

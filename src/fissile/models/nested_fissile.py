@@ -240,14 +240,23 @@ def hold(
             member._buffers[name] = None
 
 
-def kernels_for(weights: Sequence[NestedTensor], x: Tensor, activation: str = "silu") -> Any:
+def kernels_for(
+    weights: Sequence[NestedTensor],
+    x: Tensor,
+    activation: str = "silu",
+    gates: Tensor | None = None,
+) -> Any:
     """The compiled kernels if they multiply `x` by these weights, else None.
 
     Args:
         weights: of one layer.
         x: activations.
         activation: between gate and up, where there is one.
+        gates: weights of chosen experts; the kernels have no gradients for those of a trained
+            router.
     """
+    if gates is not None and gates.requires_grad and torch.is_grad_enabled():
+        return None
     if x.is_cpu or any(weight.path(x)[0] != "triton" for weight in weights):
         return None
     kernels = compiled_kernels()[0]

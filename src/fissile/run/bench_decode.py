@@ -2,8 +2,8 @@
 
 Compared in one process, in rotating order: the dense model; the artifact at each width as Fissile
 serves it; and the artifact's 4-bit codes under torch's own int4 operator, with bfloat16 and with
-float32 activations. That operator adds a float zero too, so the weights are the same up to its
-rounding of scales and zeros.
+float32 activations, experts one by one. That operator adds a float zero too, so the weights are the
+same up to its rounding of scales and zeros; only companded weights are rounded anew for it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fissile.eval.result import code, machine, model_sha256, versions
 from fissile.eval.run import load_model
 from fissile.eval.speed import Candidate, find_candidate, rotated, weights_bytes
 from fissile.kernels.layout import decode_theta, unpack
+from fissile.models.modules_fissile import NestedExperts, sum_experts
 from fissile.models.nested_fissile import NestedLinear, NestedTensor, paths
 from fissile.refactor.training import Progress
 from fissile.run.bench import Bench
@@ -43,21 +44,40 @@ class DecodeBench(Strict):
 
 
 class TorchInt4(nn.Module):
-    """A nested linear's 4-bit codes under `aten::_weight_int4pack_mm_for_cpu`.
+    """4-bit codes of one matrix under `aten::_weight_int4pack_mm_for_cpu`.
+
+    Codes that are companded stand for no line of values, which is all that the operator has: such a
+    weight is rounded anew, to the nearest of 16 values between the extremes of each group.
 
     Args:
-        linear: a nested linear served at 4 bits.
+        weight: a nested weight served at 4 bits.
         dtype: of activations, scales and zeros inside.
+        expert: which matrix of a stack.
+        bias: added to the product.
     """
 
-    def __init__(self, linear: NestedLinear, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weight: NestedTensor,
+        dtype: torch.dtype,
+        expert: int | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        parts, self.dtype = linear.weight.parts(), dtype
-        self.group, self.bias = linear.weight.group_size, linear.bias
-        scale_NG, zero_NG = decode_theta(parts["theta_4"])
+        self.dtype, self.group, self.bias = dtype, weight.group_size, bias
+        if weight.companding == 1:
+            parts = weight.parts()
+            own = {name: part if expert is None else part[expert] for name, part in parts.items()}
+            codes_NK, (scale_NG, zero_NG) = unpack(own, 4), decode_theta(own["theta_4"])
+        else:
+            grouped = weight.dense(torch.float32, expert).unflatten(-1, (-1, self.group))
+            zero_NG = grouped.amin(-1)
+            scale_NG = ((grouped.amax(-1) - zero_NG) / 15).clamp(min=1e-12)
+            steps = (grouped - zero_NG[..., None]) / scale_NG[..., None]
+            codes_NK = steps.round().clamp(0, 15).flatten(-2)
         # The operator computes scale * (code - 8) + zero.
         pair = torch.stack([scale_NG, zero_NG + 8 * scale_NG], dim=-1)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack(parts, 4).int(), 1)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK.int(), 1)
         self.register_buffer("codes", packed)
         self.register_buffer("floats", pair.transpose(0, 1).contiguous().to(dtype))
 
@@ -66,6 +86,31 @@ class TorchInt4(nn.Module):
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.group, self.floats)
         y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
+
+
+class TorchInt4Experts(nn.Module):
+    """A stack of experts, each matrix of it under torch's operator.
+
+    Args:
+        experts: nested, served at 4 bits.
+        dtype: inside the operator.
+    """
+
+    def __init__(self, experts: NestedExperts, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.act_fn, count = experts.act_fn, experts.num_experts
+        stacks = experts.gate_up_proj, experts.down_proj
+        self.gate_up, self.down = (
+            nn.ModuleList(TorchInt4(stack, dtype, expert) for expert in range(count))
+            for stack in stacks
+        )
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return sum_experts(self._one, hidden_states, top_k_index, top_k_weights)
+
+    def _one(self, x: Tensor, expert: int) -> Tensor:
+        gate, up = self.gate_up[expert](x).chunk(2, dim=-1)
+        return self.down[expert](self.act_fn(gate) * up)
 
 
 def run(settings: DecodeBench, progress: Progress) -> dict[str, Any]:
@@ -126,23 +171,25 @@ def nested_bytes(model: nn.Module) -> int:
 
 
 def int4_model(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Replace the nested linears of `model` by torch's operator; False if it cannot take them.
+    """Put torch's operator in place of nested linears and experts; False if it cannot take them.
 
     Args:
         model: served at 4 bits.
         dtype: inside the operator.
     """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, NestedLinear)}
-    stacks = [m for m in model.modules() if isinstance(m, NestedTensor) and len(m.shape) == 3]
-    whole = all(
-        m.weight.group_size in _GROUPS and m.weight.companding == 1 and m.out_features % 16 == 0
-        for m in linears.values()
-    )
-    if stacks or not linears or not whole:
+    kinds = (NestedLinear, NestedExperts)
+    found = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+    weights = [m for m in model.modules() if isinstance(m, NestedTensor)]
+    if not found or any(w.group_size not in _GROUPS or w.shape[-2] % 16 for w in weights):
         return False
-    for name, linear in linears.items():
+    for name, module in found.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, TorchInt4(linear, dtype))
+        other = (
+            TorchInt4Experts(module, dtype)
+            if isinstance(module, NestedExperts)
+            else TorchInt4(module.weight, dtype, bias=module.bias)
+        )
+        setattr(model.get_submodule(parent), child, other)
     return True
 
 

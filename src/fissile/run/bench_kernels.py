@@ -1,8 +1,8 @@
 """`fissile bench kernels`: every product against cuBLAS bf16, grouped_mm, gemlite and humming.
 
-Results are compared with float64 before anything is timed. Times are medians over replays of CUDA
-graphs, beside the copy bandwidth and matrix rate that the same run measured. Without a GPU the same
-code runs to the end on small shapes, and its rows say "dry": they prove that it runs, no more.
+The results of all rows are compared with float64 before the first one is timed. Times are medians
+over replays of CUDA graphs, beside the copy bandwidth and matrix rate that the same run measured.
+Without a GPU small shapes are computed and compared, but not timed: a "dry" row has no time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,10 +34,17 @@ from fissile.run.kernel_cases import (
     Case,
     Shape,
     Unavailable,
-    packed_bytes,
+    tiled_bytes,
 )
 from fissile.run.kernel_table import draw, readme_table, write_readme, write_rows
-from fissile.run.kernel_timing import ceilings, launches, poison, seconds_per_call, sets_needed
+from fissile.run.kernel_timing import (
+    cache_bytes,
+    ceilings,
+    launches,
+    poison,
+    seconds_per_call,
+    sets_needed,
+)
 
 _LARGEST_ERROR = 1e-2
 """Root mean square error over that of the result: bfloat16 outputs alone make 2e-3."""
@@ -69,7 +77,7 @@ def run(settings: KernelsBench, progress: Progress) -> dict[str, Any]:
 
     Args:
         settings: shapes, widths and files.
-        progress: called as ("bench", rows done, rows, detail).
+        progress: called as ("check" or "bench", rows done, rows, detail).
 
     Returns:
         "rows", one a shape, batch, width and implementation; "steps", a whole model's experts;
@@ -99,8 +107,14 @@ def run(settings: KernelsBench, progress: Progress) -> dict[str, Any]:
     ]
     rows: list[dict[str, Any]] = []
     for done, (shape, count, bits, name) in enumerate(jobs, start=1):
-        rows.append(_row(settings, device, shape, count, bits, name))
-        progress("bench", done, len(jobs), f"{shape.name} M={count} {name}")
+        case = Case(shape, count, bits, settings.group_size, device, 1, settings.seed)
+        rows.append(_checked(case, name))
+        progress("check", done, len(jobs), f"{shape.name} M={count} {name}")
+    if device == "cuda":
+        for done, row in enumerate(rows, start=1):
+            if "error" in row:
+                row |= _timed(settings, row)
+            progress("bench", done, len(jobs), f"{row['shape']} M={row['tokens']}")
     _ratios(rows, best)
     steps = list(_steps(settings, device, shapes, best)) if "fissile" in names else []
     result = {
@@ -138,14 +152,9 @@ def _chosen(settings: KernelsBench, device: str) -> tuple[list[Shape], list[str]
     return shapes, list(settings.against or IMPLEMENTATIONS)
 
 
-def _row(
-    settings: KernelsBench, device: str, shape: Shape, tokens: int, bits: int, name: str
-) -> dict[str, Any]:
-    """One implementation of one case: checked, then timed."""
-    dense = name in DENSE
-    per_set = 2 * shape.held() if dense else shape.held() * (bits + 32 / settings.group_size) / 8
-    sets = sets_needed(int(per_set), device, int(settings.memory_gb * 1e9))
-    case = Case(shape, tokens, bits, settings.group_size, device, sets, settings.seed)
+def _checked(case: Case, name: str) -> dict[str, Any]:
+    """One implementation of one case, compared with float64 and not timed."""
+    shape = case.shape
     row: dict[str, Any] = {
         "shape": shape.name,
         "kind": shape.kind,
@@ -154,35 +163,48 @@ def _row(
         "neurons": shape.neurons,
         "experts": shape.experts,
         "top_k": shape.top_k,
-        "tokens": tokens,
-        "bits": bits,
+        "tokens": case.tokens,
+        "bits": case.bits,
         "implementation": name,
-        "sets": sets,
-        "dry": device != "cuda",
+        "dry": case.device != "cuda",
     }
     try:
         built = IMPLEMENTATIONS[name](case)
     except Unavailable as why:
         return row | {"note": str(why)}
-    poison(tokens * max(shape.rows, shape.inputs), device)
+    poison(case.tokens * max(shape.rows, shape.inputs), case.device)
     error = None if built.truth is None else relative_error(built.calls[0](), built.truth)
     if error is not None and not error <= _LARGEST_ERROR:
-        raise QualityGate(f"{name} {shape.name} M={tokens} {bits} bits: error {error:.2g}")
-    median, least = seconds_per_call(built.calls, device, settings.repeats)
-    row |= {
+        raise QualityGate(
+            f"{name} {shape.name} M={case.tokens} {case.bits} bits: error {error:.2g}"
+        )
+    return row | {"how": built.how, "error": error}
+
+
+def _timed(settings: KernelsBench, row: dict[str, Any]) -> dict[str, Any]:
+    """Time, bandwidth and rate of a row whose result was right."""
+    shape = next(shape for shape in LLAMA_3_8B if shape.name == row["shape"])
+    group, name = settings.group_size, row["implementation"]
+    one = Case(shape, row["tokens"], row["bits"], group, "cuda", 1, settings.seed)
+    per_weight = 2 if name in DENSE else (row["bits"] + 32 / group) / 8
+    read, held = per_weight * one.weights_read(), per_weight * shape.held()
+    sets = sets_needed(read, held, "cuda", int(settings.memory_gb * 1e9))
+    built = IMPLEMENTATIONS[name](replace(one, sets=sets))
+    median, least = seconds_per_call(built.calls, settings.repeats)
+    found = {
+        "sets": sets,
+        "rotated_over_cache": sets * built.read_bytes / cache_bytes(),
         "us": median * 1e6,
         "least_us": least * 1e6,
         "TBps": built.read_bytes / median / 1e12,
-        "TFs": shape.flops(tokens) / median / 1e12,
+        "TFs": shape.flops(row["tokens"]) / median / 1e12,
         "read_bytes": built.read_bytes,
-        "error": error,
-        "launches": launches(built.calls[0], device),
+        "launches": launches(built.calls[0]),
     }
     del built
     gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    return row
+    torch.cuda.empty_cache()
+    return found
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -228,22 +250,29 @@ def _steps(
                         x = dispatch.experts(x, route, wide, narrow, "silu")
                 return x
 
-            median, least = seconds_per_call([step], device, settings.repeats)
-            read = layers * packed_bytes(case, shape.weights(1))
-            copy = best["copy_TBps"]
-            sort = partial(plan_table, *route, shape.experts, pairs[0][0].kernel_bits)
-            count, once = launches(step, device), launches(sort, device)
-            yield {
+            row = {
                 "shape": shape.name,
                 "layers": layers,
+                "tokens": 1,
                 "bits": bits,
+                "dry": device != "cuda",
+            }
+            if device != "cuda":
+                step()
+                yield row
+                continue
+            median, least = seconds_per_call([step], settings.repeats)
+            read = layers * tiled_bytes(case, pairs[0])
+            copy = best["copy_TBps"]
+            sort = partial(plan_table, *route, shape.experts, pairs[0][0].kernel_bits)
+            count, once = launches(step), launches(sort)
+            yield row | {
                 "us": median * 1e6,
                 "least_us": least * 1e6,
                 "floor_us": read / copy / 1e6 if copy else None,
                 "over_floor": median * copy * 1e12 / read if copy else None,
-                "launches_per_layer": None if count is None else (count - (once or 0)) / layers,
+                "launches_per_layer": (count - once) / layers,
                 "launches_once": once,
-                "dry": device != "cuda",
             }
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def kernel_path() -> dict[str, str]:
         return {"device": "cpu: this torch is built without CUDA and ROCm", **report(None)}
     names = _gpu()["devices"]
     gpu = names[0] if names else "GPU"
-    return {"device": f"cuda: {gpu}", **report(gpu)}
+    return {"device": f"cuda: {gpu}", **report(gpu, capability=_capability())}
 
 
 def _driver(vendor: str) -> str | None:
@@ -101,6 +102,17 @@ def _gpu() -> dict[str, Any]:
                 names.append(value.strip())
     drivers = {vendor: text for vendor in _DRIVERS if (text := _driver(vendor))}
     return {"drivers": drivers, "devices": names}
+
+
+def _capability() -> tuple[int, int] | None:
+    """Compute capability of the first GPU by NVIDIA's own tool, which initialises no device."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        major, minor = done.stdout.splitlines()[0].strip().split(".")
+        return int(major), int(minor)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None  # the report says that it was not read
 
 
 def _cpu() -> dict[str, Any]:

@@ -22,7 +22,7 @@ NOT_MEASURED = "not measured"
 
 
 def write_rows(path: Path, result: dict[str, Any]) -> None:
-    """Write every row with all conditions of the run.
+    """Write every row, then those of whole models' steps, with all conditions of the run.
 
     Args:
         path: the file, replaced.
@@ -34,7 +34,10 @@ def write_rows(path: Path, result: dict[str, Any]) -> None:
         if key not in ("tokens", "bits", "shapes")
     }
     common |= {f"ceiling_{key}": value for key, value in result["ceilings"].items()}
-    rows = [{**row, **common} for row in result["rows"]]
+    steps = [
+        {"kind": "step", "implementation": "fissile, whole step", **s} for s in result["steps"]
+    ]
+    rows = [{**row, **common} for row in (*result["rows"], *steps)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -133,7 +136,7 @@ def draw(path: Path, result: dict[str, Any]) -> None:
         axis.legend(fontsize=6)
     for axis in list(axes.flat)[len(shapes) :]:
         axis.remove()
-    dry = "dry run, small shapes: not a measurement" if any(r["dry"] for r in rows) else ""
+    dry = "" if rows else "dry run: nothing was measured"
     figure.suptitle(dry or f"{result['conditions']['device']}, {result['conditions']['timing']}")
     figure.tight_layout()
     figure.savefig(path)

@@ -2,20 +2,20 @@
 
 A decoding step reads every layer's weights once, so a graph runs the same product on several
 distinct weights, together four times the cache: nothing is found in it again, and what lies between
-launches counts as it does in a model. On a CPU the same calls run once, for the dry mode.
+launches counts as it does in a model. Without a GPU nothing is timed.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 _CACHES = 4
-_SETS = 64
+_SETS = 512
 
 
 def graph_seconds(calls: Sequence[Callable[[], object]], repeats: int) -> tuple[float, float]:
@@ -49,36 +49,30 @@ def graph_seconds(calls: Sequence[Callable[[], object]], repeats: int) -> tuple[
     return statistics.median(seconds), min(seconds)
 
 
-def cpu_seconds(calls: Sequence[Callable[[], object]]) -> tuple[float, float]:
-    """The same without a GPU: one pass by the wall clock."""
-    began = time.perf_counter()
-    for call in calls:
-        call()
-    seconds = time.perf_counter() - began
-    return seconds, seconds
+def seconds_per_call(calls: Sequence[Callable[[], object]], repeats: int) -> tuple[float, float]:
+    """Median and least seconds of one call of several; arguments as for `graph_seconds`."""
+    median, least = graph_seconds(calls, repeats)
+    return median / len(calls), least / len(calls)
 
 
-def seconds_per_call(
-    calls: Sequence[Callable[[], object]], device: str, repeats: int
-) -> tuple[float, float]:
-    """Median and least seconds of one call of several on `device`."""
-    timed = graph_seconds(calls, repeats) if device == "cuda" else cpu_seconds(calls)
-    return timed[0] / len(calls), timed[1] / len(calls)
+def cache_bytes() -> int:
+    """Size of the GPU's last cache."""
+    return int(torch.cuda.get_device_properties().L2_cache_size)
 
 
-def sets_needed(bytes_per_set: int, device: str, most_bytes: int) -> int:
-    """Distinct weights to rotate over: four times the cache together, within the memory.
+def sets_needed(read_bytes: float, held_bytes: float, device: str, most_bytes: int) -> int:
+    """Distinct weights to rotate over: what they read is four times the cache, if memory allows.
 
     Args:
-        bytes_per_set: of one weight.
+        read_bytes: of one weight by one call; of a stack only the chosen experts count.
+        held_bytes: of one weight.
         device: "cuda" or "cpu" (where two are enough).
         most_bytes: that all sets may take.
     """
     if device != "cuda":
         return 2
-    cache = torch.cuda.get_device_properties().L2_cache_size
-    wanted = -(-_CACHES * cache // bytes_per_set)
-    return int(max(1, min(max(2, wanted), _SETS, most_bytes // bytes_per_set)))
+    wanted = math.ceil(_CACHES * cache_bytes() / read_bytes)
+    return int(max(1, min(max(2, wanted), _SETS, most_bytes // held_bytes)))
 
 
 def ceilings(device: str, repeats: int) -> dict[str, float | None]:
@@ -103,10 +97,8 @@ def ceilings(device: str, repeats: int) -> dict[str, float | None]:
     return dict(zip(names, (*(v / 1e12 for v in values), empty * 1e6), strict=True))
 
 
-def launches(call: Callable[[], object], device: str) -> int | None:
-    """Kernels that one call launches; None without a GPU."""
-    if device != "cuda":
-        return None
+def launches(call: Callable[[], object]) -> int:
+    """Kernels that one call launches."""
     call()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]

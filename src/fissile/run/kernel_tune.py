@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +24,7 @@ from fissile.errors import UsageError
 from fissile.io.publish import atomic_write_json
 from fissile.kernels import launch
 from fissile.kernels.configs import table_name, triton_version
-from fissile.kernels.grids import Kind, LaunchConfig
+from fissile.kernels.defaults import Kind, LaunchConfig, default_config
 from fissile.kernels.tiles import TiledWeight
 from fissile.refactor.training import Progress
 from fissile.run.kernel_cases import Case, Shape
@@ -69,43 +71,79 @@ def tune(folder: str, settings: Settings, shapes: Sequence[Shape], progress: Pro
     matrices = [shape for shape in shapes if shape.kind == "linear"]
     if not Path(folder).is_dir() or version is None or not matrices:
         raise UsageError(f"tune={folder}: needs the folder, Triton, and a matrix among the shapes")
-    gpu, entries = torch.cuda.get_device_name(), []
-    jobs = [("decode", r) for r in DECODE_ROWS] + [("prefill", r) for r in PREFILL_ROWS]
+    gpu, entries, skipped = torch.cuda.get_device_name(), [], []
+    jobs: list[tuple[Kind, int]] = [("decode", r) for r in DECODE_ROWS]
+    jobs += [("prefill", r) for r in PREFILL_ROWS]
     total, found = len(jobs) * len(settings.bits), 0
     for bits in settings.bits:
         for kind, rows in jobs:
             measured = _Measure(settings, matrices, bits, rows)
-            best = min(candidates(kind, rows), key=lambda c: measured(_runner(kind, c)))
-            numbers = {key: asdict(best)[key] for key in _NUMBERS}
-            entries.append({"kind": kind, "bits": bits, "rows": rows, **numbers})
+            where = {"kind": kind, "bits": bits, "group": settings.group_size, "rows": rows}
+            best, without = fastest(
+                kind, candidates(kind, rows, bits, settings.group_size), measured
+            )
+            entries.append(where | _numbers(best))
+            skipped += [where | _numbers(config) | {"reason": why} for config, why in without]
             found += 1
             progress("tune", found, total, f"{kind} {bits} bits, {rows} rows")
     table = {
         "gpu": gpu,
         "triton": version,
-        "command": "fissile bench kernels --set tune=kernels/tuning",
+        "command": shlex.join(["fissile", *sys.argv[1:]]),
         "measured": datetime.datetime.now(datetime.UTC).date().isoformat(),
         **_crossings(settings, matrices),
         "entries": entries,
+        "skipped": skipped,
     }
     path = Path(folder) / f"{table_name(gpu, version)}.json"
     atomic_write_json(path, table)
     return path
 
 
-def candidates(kind: str, rows: int) -> Iterator[LaunchConfig]:
-    """At most six configurations worth trying for so many rows per expert."""
+def candidates(kind: Kind, rows: int, bits: int, group_size: int) -> list[LaunchConfig]:
+    """At most seven configurations worth trying for so many rows per expert, the default first."""
+    default = default_config(kind, bits, rows, group_size)
+    block = default.block_m
     if kind == "prefill":
-        block = 64 if rows <= 64 else 128
-        for warps, stages in ((8, 3), (8, 4), (4, 3), (4, 2)):
-            yield LaunchConfig(block, 128, warps, stages)
-        return
-    block = next((b for b in (8, 16, 32) if rows <= b), 64)
-    warps = 8 if block == 64 else 4
-    for split in (1, 2, 4, 8):
-        yield LaunchConfig(block, 128, warps, 3, split)
-    yield LaunchConfig(block, 128, warps, 4, 2)
-    yield LaunchConfig(block, 64, 4, 3, 2)
+        cuts = ((8, 3), (8, 4), (4, 3), (4, 2))
+        others = [LaunchConfig(block, 128, warps, stages) for warps, stages in cuts]
+    else:
+        warps = 4 if block <= 32 else 8
+        others = [replace(default, split=split) for split in (2, 4, 8)]
+        others += [LaunchConfig(block, 128, warps, stages, 2) for stages in (3, 4)]
+        others.append(LaunchConfig(block, 64, 4, 3, 2))
+    return list(dict.fromkeys([default, *others]))
+
+
+def fastest(
+    kind: Kind, tried: Sequence[LaunchConfig], measured: Callable[[Run], float]
+) -> tuple[LaunchConfig, list[tuple[LaunchConfig, str]]]:
+    """The configuration of least time, and those that do not fit the GPU with the reason.
+
+    Args:
+        kind: of kernel.
+        tried: configurations.
+        measured: seconds of one way to multiply.
+
+    Raises:
+        UsageError: none of them fits.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    times: list[tuple[float, LaunchConfig]] = []
+    without: list[tuple[LaunchConfig, str]] = []
+    for config in tried:
+        try:
+            times.append((measured(_runner(kind, config)), config))
+        except OutOfResources as err:
+            without.append((config, " ".join(str(err).split())))
+    if not times:
+        raise UsageError(f"tune: no configuration fits this GPU: {without[0][1]}")
+    return min(times, key=lambda found: found[0])[1], without
+
+
+def _numbers(config: LaunchConfig) -> dict[str, int]:
+    return {key: asdict(config)[key] for key in _NUMBERS}
 
 
 class _Measure:
@@ -116,7 +154,7 @@ class _Measure:
         for shape in matrices:
             size = int(shape.held() * (bits + 32 / settings.group_size) / 8)
             memory = int(settings.memory_gb * 1e9) // len(matrices)
-            count = sets_needed(size, "cuda", memory)
+            count = sets_needed(size, size, "cuda", memory)
             case = Case(shape, rows, bits, settings.group_size, "cuda", count, settings.seed)
             held = [case.weight((shape.rows, shape.inputs), 2 + i) for i in range(count)]
             self.sets.append((case.activations(), held))
@@ -125,11 +163,11 @@ class _Measure:
         logs = []
         for x, held in self.sets:
             calls = [partial(run, x, w) for w in held]
-            logs.append(math.log(seconds_per_call(calls, "cuda", self.repeats)[0]))
+            logs.append(math.log(seconds_per_call(calls, self.repeats)[0]))
         return math.exp(sum(logs) / len(logs))
 
 
-def _runner(kind: str, config: LaunchConfig) -> Run:
+def _runner(kind: Kind, config: LaunchConfig) -> Run:
     product = launch.decode_dense if kind == "decode" else launch.prefill_dense
 
     def run(x: Tensor, weight: TiledWeight) -> Tensor:
@@ -147,7 +185,8 @@ def _crossings(settings: Settings, matrices: Sequence[Shape]) -> dict[str, int]:
     bits = 4 if 4 in settings.bits else settings.bits[0]
 
     def least(kind: Kind, measured: _Measure, rows: int) -> float:
-        return min(measured(_runner(kind, config)) for config in candidates(kind, rows))
+        tried = candidates(kind, rows, bits, settings.group_size)
+        return measured(_runner(kind, fastest(kind, tried, measured)[0]))
 
     decode_rows = 16
     for rows in (32, 64):
