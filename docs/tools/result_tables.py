@@ -294,6 +294,44 @@ def token_widths() -> str:
     )
 
 
+def decode() -> str:
+    """A token on the CPU: packed weights beside dense ones and torch's own int4 operator."""
+    models = {"dense model": "decode", "converted model": "decode_routed"}
+    rows = [
+        [
+            model,
+            row["implementation"],
+            *(_number(row[key], 2) for key in ("ms_per_token", "dense_over_this")),
+            f"{row['weights_bytes'] / 1e6:.1f}",
+        ]
+        for model, name in models.items()
+        for row in stored(name)["rows"]
+    ]
+    how = stored("decode")["conditions"]
+    return table(["", "weights", "ms a token", "times as fast", "MB of weights"], rows) + (
+        f"\n\nConditions: demo model, batch 1, the least of {how['repeats']} repeats of"
+        f" {how['steps']} tokens, {how['torch_threads']} thread, torch"
+        f" {how['versions']['torch']}. The converted model is compared with the dense one: it has"
+        f" a router to run and many small products, and at this size is no faster."
+    )
+
+
+def ranks() -> str:
+    """Quantization shared by processes beside one process on one core."""
+    data = stored("ranks")
+    how = data["conditions"]
+    rows = [
+        [label, *(f"{data[key][unit]:.1f}" for unit in ("seconds", "processor_seconds"))]
+        for label, key in (("one process", "one"), (f"{how['processes']} processes", "shared"))
+    ]
+    return table(["", "seconds", "processor seconds of the busiest"], rows) + (
+        f"\n\n{data['speedup']:.2f} times as fast. Conditions: {how['layers']} layer of width"
+        f" {how['width']} with {how['neurons']} neurons, {how['tokens']:,} tokens, effort"
+        f" {how['effort']}, one thread a process; largest difference of a weight's loss"
+        f" {data['loss_difference']:.2%}."
+    )
+
+
 def router_ideas() -> str:
     """What was tried to bring one early decision nearer to its oracle."""
     data = stored("router_ideas")
@@ -333,6 +371,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "mmlu-speed": mmlu_speed,
     "layer-7b": layer_7b,
     "token-widths": token_widths,
+    "decode": decode,
+    "ranks": ranks,
     "router-ideas": router_ideas,
     "kernels": kernels,
 }
