@@ -5,7 +5,7 @@ Shapes: T tokens, K inputs, N rows, S splits, R = T * slots sorted rows.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -92,39 +92,14 @@ def run_decode(
     from fissile.kernels.triton_decode import decode_kernel
 
     tiles, blocks = weight.codes.shape[1:3]
-    groups = weight.theta.shape[2]
+    grid = (tiles * (TILE_ROWS // config.block_n), token_tiles, config.split)
     with on_device(x):
-        decode_kernel[(tiles * (TILE_ROWS // config.block_n), token_tiles, config.split)](
-            x,
-            *weight_tensors(weight),
-            y,
-            x if bias is None else bias,
-            *_tables(plan, weight.theta),
-            rows,
-            weight.shape[2],
-            y.shape[-1],
-            groups,
-            tiles,
-            blocks,
+        decode_kernel[grid](
+            *_operands(x, weight, y, plan, bias, rows),
             -(-blocks // config.split),
             y.stride(0) if y.dim() == 3 else 0,
-            BITS=weight.kernel_bits,
-            GROUP=weight.group_size,
-            STEEP=weight.steep,
-            BN=config.block_n,
-            BM=config.block_m,
-            FP16=x.dtype == torch.float16,
-            PTX=use_ptx(config.portable),
-            PADDED=groups * weight.group_size != weight.shape[2],
-            ROUTED=plan is not None,
             GATHER=plan is not None and (act is not None or gather),
-            SCATTER=plan is not None and scatter,
-            TOP_K=plan.top_k if plan else 1,
-            ACT=-1 if act is None else ACTIVATIONS.index(act),
-            BIAS=bias is not None,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
+            **_constants(x, weight, plan, config, act, bias is not None, scatter),
         )
 
 
@@ -146,39 +121,68 @@ def run_prefill(
         return
     from fissile.kernels.triton_prefill import prefill_kernel
 
-    tiles, blocks = weight.codes.shape[1:3]
-    groups = weight.theta.shape[2]
+    grid = (weight.codes.shape[1] * (TILE_ROWS // config.block_n), token_tiles)
     with on_device(x):
-        prefill_kernel[(tiles * (TILE_ROWS // config.block_n), token_tiles)](
-            x,
-            *weight_tensors(weight),
-            y,
-            x if bias is None else bias,
-            *_tables(plan, weight.theta),
-            rows,
-            weight.shape[2],
-            y.shape[-1],
-            groups,
-            tiles,
-            blocks,
-            BITS=weight.kernel_bits,
-            GROUP=weight.group_size,
-            STEEP=weight.steep,
-            BN=config.block_n,
-            BM=config.block_m,
-            FP16=x.dtype == torch.float16,
-            PTX=use_ptx(config.portable),
-            PADDED=groups * weight.group_size != weight.shape[2],
-            ROUTED=plan is not None,
+        prefill_kernel[grid](
+            *_operands(x, weight, y, plan, bias, rows),
             GATHER=plan is not None and act is not None,
-            SCATTER=plan is not None and scatter,
-            TOP_K=plan.top_k if plan else 1,
-            ACT=-1 if act is None else ACTIVATIONS.index(act),
-            BIAS=bias is not None,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
+            **_constants(x, weight, plan, config, act, bias is not None, scatter),
         )
+
+
+def _operands(
+    x: Tensor,
+    weight: TiledWeight,
+    y: Tensor,
+    plan: RoutePlan | None,
+    bias: Tensor | None,
+    rows: int,
+) -> tuple[Tensor | int | None, ...]:
+    """What both products take first: tensors, then sizes."""
+    tiles, blocks = weight.codes.shape[1:3]
+    return (
+        x,
+        *weight_tensors(weight),
+        y,
+        x if bias is None else bias,
+        *_tables(plan, weight.theta),
+        rows,
+        weight.shape[2],
+        y.shape[-1],
+        weight.theta.shape[2],
+        tiles,
+        blocks,
+    )
+
+
+def _constants(
+    x: Tensor,
+    weight: TiledWeight,
+    plan: RoutePlan | None,
+    config: LaunchConfig,
+    act: Activation | None,
+    biased: bool,
+    scatter: bool,
+) -> dict[str, Any]:
+    """What both products are compiled for."""
+    return {
+        "BITS": weight.kernel_bits,
+        "GROUP": weight.group_size,
+        "STEEP": weight.steep,
+        "BN": config.block_n,
+        "BM": config.block_m,
+        "FP16": x.dtype == torch.float16,
+        "PTX": use_ptx(config.portable),
+        "PADDED": weight.theta.shape[2] * weight.group_size != weight.shape[2],
+        "ROUTED": plan is not None,
+        "SCATTER": plan is not None and scatter,
+        "TOP_K": plan.top_k if plan else 1,
+        "ACT": -1 if act is None else ACTIVATIONS.index(act),
+        "BIAS": biased,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
 
 
 def combine_rows(

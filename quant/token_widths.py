@@ -11,7 +11,8 @@ experts, M neurons per expert, W widths in ascending order, P rows of a random p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -109,10 +110,8 @@ class WidthExperts(nn.Module):
             self._observe(self.seen, x_RD, expert_R, weight_R)
         (rule,) = self._rules
         if rule is None:
-            decision = Decision(torch.full_like(expert_R, len(self.widths) - 1))
-        else:
-            decision = rule(x_RD, expert_R, weight_R)
-        choice_R, share_RW = decision
+            rule = FixedWidths(expert_R.new_full((self.num_experts,), len(self.widths) - 1))
+        choice_R, share_RW = rule(x_RD, expert_R, weight_R)
         self.used_W += torch.bincount(choice_R[choice_R >= 0], minlength=len(self.widths))
         self.share_W = None if share_RW is None else share_RW.mean(0)
         y_RD = torch.zeros_like(x_RD)
@@ -152,8 +151,7 @@ class WidthExperts(nn.Module):
 
 def joined(parts: Sequence[Pairs]) -> Pairs:
     """Pairs of several passes as one."""
-    names = ("x_RD", "expert_R", "weight_R", "off_RW")
-    return Pairs(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    return Pairs(*(torch.cat([getattr(p, name.name) for p in parts]) for name in fields(Pairs)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,8 +235,12 @@ class ErrorBound:
 
     def __call__(self, x_RD: Tensor, expert_R: Tensor, weight_R: Tensor) -> Decision:
         """Choose."""
-        off_RW = self.estimate(x_RD, expert_R, weight_R)
-        return Decision((off_RW > self.tau).int().argmin(-1))
+        return Decision(self.place(self.estimate(x_RD, expert_R, weight_R), self.tau))
+
+    @staticmethod
+    def place(off_RW: Tensor, tau: float) -> Tensor:
+        """The narrowest width within a bound, int64 (R,)."""
+        return (off_RW > tau).int().argmin(-1)
 
     @torch.no_grad()
     def estimate(self, x_RD: Tensor, expert_R: Tensor, weight_R: Tensor) -> Tensor:
@@ -320,10 +322,14 @@ class BitRouter(nn.Module):
         logits_RW = torch.einsum("rd,rwd->rw", x_RD, self.weight[expert_R]) / x_RD.shape[-1] ** 0.5
         return torch.log_softmax(logits_RW + self.bias[expert_R], dim=-1)
 
+    def place(self, log_RW: Tensor, price: float) -> Tensor:
+        """The likeliest width at a price of a bit, int64 (R,)."""
+        return (log_RW - price * self.bits).argmax(-1)
+
     def forward(self, x_RD: Tensor, expert_R: Tensor, weight_R: Tensor) -> Decision:
         """Choose."""
         log_RW = self.log_share(x_RD, expert_R)
-        choice_R = (log_RW.detach() - self.price * self.bits).argmax(-1)
+        choice_R = self.place(log_RW.detach(), self.price)
         if not (self.training and torch.is_grad_enabled()):
             return Decision(choice_R)
         if self.capacity is not None:
@@ -347,12 +353,8 @@ def set_bound(
     off_RW = torch.cat(
         [r.estimate(p.x_RD, p.expert_R, p.weight_R) for r, p in zip(rules, layers, strict=True)]
     )
-    bits = torch.tensor(rules[0].bits, dtype=torch.float64)
-
-    def mean(tau: float) -> float:
-        return float(bits[(off_RW > tau).int().argmin(-1)].mean())
-
-    tau = _smallest(mean, mean_bits, float(off_RW.max()))
+    bits, place = torch.tensor(rules[0].bits), partial(rules[0].place, off_RW)
+    tau = _smallest(place, bits, mean_bits, float(off_RW.max()))
     for rule in rules:
         rule.tau = tau
     return rules
@@ -369,25 +371,27 @@ def set_price(
         layers: what they saw.
         mean_bits: over all pairs.
     """
-    log_RW = torch.cat(
-        [r.log_share(p.x_RD, p.expert_R) for r, p in zip(rules, layers, strict=True)]
-    )
-    bits = rules[0].bits
-
-    def mean(price: float) -> float:
-        return float(bits[(log_RW - price * bits).argmax(-1)].double().mean())
-
-    most = float(log_RW.abs().max()) + 1.0
-    price = _smallest(mean, mean_bits, most, -most)
+    seen = zip(rules, layers, strict=True)
+    log_RW = torch.cat([rule.log_share(pairs.x_RD, pairs.expert_R) for rule, pairs in seen])
+    most, place = float(log_RW.abs().max()) + 1.0, partial(rules[0].place, log_RW)
+    price = _smallest(place, rules[0].bits, mean_bits, most, -most)
     for rule in rules:
         rule.price = price
     return rules
 
 
 def _smallest(
-    mean: Callable[[float], float], wanted: float, high: float, low: float = 0.0
+    place: Callable[[float], Tensor],
+    bits_W: Tensor,
+    wanted: float,
+    high: float,
+    low: float = 0.0,
 ) -> float:
-    """Where a falling mean comes down to what is wanted, by halving."""
+    """Where the mean width, which falls, comes down to what is wanted, by halving."""
+
+    def mean(knob: float) -> float:
+        return float(bits_W[place(knob)].double().mean())
+
     if mean(low) <= wanted:
         return low
     for _ in range(_HALVINGS):

@@ -42,6 +42,12 @@ def watched(bits: int, **changes: Tensor) -> tuple[Guard, dict[str, Tensor]]:
     return guard, used
 
 
+def tensors_of(plan: route.RoutePlan) -> dict[str, Tensor]:
+    """What kernels read of a routing plan."""
+    names = ("tile_expert", "tile_begin", "offsets", "slot")
+    return {name: getattr(plan, name) for name in names}
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_a_width_reads_its_bits_and_writes_each_result_once(bits: int) -> None:
     guard, used = watched(bits)
@@ -58,8 +64,7 @@ def test_routed_products_stay_within_their_tensors() -> None:
     gate_up, down = tiles.tile(case.gate_up, 3, paired=True), tiles.tile(case.down, 3)
     plan = route.plan_routes(case.index, case.weights, case.experts, 8)
     h, config = torch.zeros(26, 96, dtype=BF16), LaunchConfig(8)
-    table = {name: getattr(plan, name) for name in ("tile_expert", "offsets", "slot")}
-    table["tile_begin"] = plan.tile_begin
+    table = tensors_of(plan)
     one = {f"gate_{name}": part for name, part in gate_up.tensors().items()}
     with Guard({"x": case.x, "h": h, **one, **table}) as guard:
         grids.run_decode(case.x, gate_up, h, plan, config, act="silu")
@@ -76,8 +81,7 @@ def test_prefill_stays_within_its_tensors_and_reads_each_tile_once() -> None:
     gate_up, down = tiles.tile(case.gate_up, 3, paired=True), tiles.tile(case.down, 3)
     plan = route.plan_routes(case.index, case.weights, case.experts, 16)
     h, config = torch.zeros(26, 96, dtype=BF16), LaunchConfig(16)
-    table = {name: getattr(plan, name) for name in ("tile_expert", "offsets", "slot")}
-    table["tile_begin"] = plan.tile_begin
+    table = tensors_of(plan)
     one = {f"gate_{name}": part for name, part in gate_up.tensors().items()}
     with Guard({"x": case.x, "h": h, **one, **table}) as guard:
         grids.run_prefill(case.x, gate_up, h, plan, config, act="silu")

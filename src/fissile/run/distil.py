@@ -50,20 +50,20 @@ def distil(
         if lesson.weights_H is not None:
             tensors["weights"] = lesson.weights_H
         store.save(_UNIT, tensors, {"routing": lesson.routing})
-        what = {"store": str(store.folder), "recipe": recipe.model_dump(mode="json")}
-        workers.call({"task": "route", **what})
+        task = {"store": str(store.folder), "recipe": recipe.model_dump(mode="json")}
+        workers.call({"task": "route", **task})
     common: dict[str, Any] = {
         "seed": recipe.seed,
         "checkpoint": store.path("router_training"),
         "progress": given.progress,
         "workers": workers,
     }
-    if settings.block != "readme":
-        common["weights_H"] = lesson.weights_H
-    train = distill_readme if settings.block == "readme" else distill_router
     config = with_routing(given.dense.config, lesson.routing)
-    ids_NS = given.windows.ids_NS
-    trained = train(given.dense, config, ids_NS, lesson.targets_HTE, settings, **common)
+    what = (given.dense, config, given.windows.ids_NS, lesson.targets_HTE, settings)
+    if settings.block == "readme":
+        trained = distill_readme(*what, **common)
+    else:
+        trained = distill_router(*what, weights_H=lesson.weights_H, **common)
     if workers.main:
         store.discard(_UNIT)
     return trained

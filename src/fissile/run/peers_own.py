@@ -109,10 +109,10 @@ def score_own(job: OwnJob, material: Material, progress: Progress) -> dict[int, 
     spent = {"seconds": time.perf_counter() - began}
     spent["processor_seconds"] = time.process_time() - processor
     rows: dict[int, dict[str, Any]] = {}
+    solved = [final_layer(store, i) for i in range(count)]
     for bits in job.widths:
-        model = decoded(material.source, (final_layer(store, i) for i in range(count)), bits)
-        rows[bits] = material.score(model, job.seed)
-        rows[bits]["bits_per_weight"] = _bits([final_layer(store, i) for i in range(count)], bits)
+        rows[bits] = material.score(decoded(material.source, iter(solved), bits), job.seed)
+        rows[bits]["bits_per_weight"] = _bits(solved, bits)
         rows[bits] |= spent if whole else {}
     atomic_write_json(folder / "score.json", rows)
     return rows

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fissile.config import Recipe
 from fissile.errors import CorruptCheckpoint, UsageError
-from fissile.io.units import UnitStore
 
 if TYPE_CHECKING:
+    from fissile.config import Recipe
     from fissile.run.context import RunContext
     from fissile.workers import Workers
 
@@ -49,6 +48,9 @@ def earlier_norms(recipe: Recipe) -> list[float] | None:
     Raises:
         UsageError: the folder is no run folder whose training is finished.
     """
+    # Every command asks `follows` when it starts: what that does not need is imported here.
+    from fissile.io.units import UnitStore
+
     wanted = recipe.recover
     if wanted.schedule != "refined" or wanted.norms_from is None:
         return None
