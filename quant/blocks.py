@@ -4,7 +4,8 @@ A layer's solve minimises the error of each linear on its own. Here the linears 
 block harden one group after the other: after each, the weights that are still floats, the scales
 and zeros of the hardened ones and the norms are trained until the block gives what the original
 gave, so that the integers solved next are those of weights that already compensate. Norms are
-trained in float32, whatever the model's own type. All widths are trained in one pass.
+trained in float32, whatever the model's own type. Every width trains float weights of its own: what
+makes up for 2 bits would cost 4, and the solver takes a target a width.
 
 Shapes: N windows, S tokens per window, D model width; B windows of one step.
 """
@@ -12,6 +13,7 @@ Shapes: N windows, S tokens per window, D model width; B windows of one step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fissile.config import BlockStage
+from fissile.models.precision import exact_routers
 from fissile.models.routers_fissile import Route
 from fissile.quant.nested import NestedWeight
 from fissile.quant.soft import SoftFloats
@@ -41,14 +44,12 @@ class BlockData:
         target_NSD: what shall leave it, likewise.
         route: windows (int64 indices) to the pre-gating router's decision for them.
         context: a stream to masks and rotary embeddings.
-        weights: width to the weight of its loss.
     """
 
     streams: Mapping[int, Windows]
     target_NSD: Windows
     route: Callable[[Tensor], Route | None]
     context: Callable[[Tensor], dict[str, Any]]
-    weights: Mapping[int, float]
 
 
 class BlockTrainer:
@@ -56,16 +57,16 @@ class BlockTrainer:
 
     Attributes:
         curve: width to relative squared error of the block on windows that are held out, before
-            and after each round of training; a round that did not help is undone.
+            and after each round of training; what did not help is undone.
 
     Args:
         layer: decoder layer; its own parameters are not changed.
-        names: parameters that will be quantized.
+        names: parameters that will be quantized; every width has a float copy of them.
         data: what goes in and what shall come out.
         settings: of the recipe.
         seed: of the order of windows.
         moving: widths whose scales and zeros are trained; all without it.
-        workers: processes that call all of this together; they share windows and widths.
+        workers: processes that call all of this together; they share windows.
     """
 
     def __init__(
@@ -81,7 +82,10 @@ class BlockTrainer:
         self._layer, self._data, self._settings = layer, data, settings
         self._moved_widths, self._workers = moving, workers or Workers()
         own = dict(layer.named_parameters())
-        self._floats = {name: own[name].detach().float().clone() for name in names}
+        self._floats = {
+            bits: {name: own[name].detach().float().clone() for name in names}
+            for bits in data.streams
+        }
         self._norms = {
             name: parameter.detach().float().clone()
             for name, parameter in own.items()
@@ -98,24 +102,36 @@ class BlockTrainer:
 
     def fix(self, name: str, nested: NestedWeight) -> None:
         """From now on the integers of this weight stay; only its scales and zeros may move."""
-        del self._floats[name]
+        for floats in self._floats.values():
+            del floats[name]
         self._soft[name] = SoftFloats(nested, self._moved_widths)
 
-    def free(self) -> dict[str, Tensor]:
-        """Weights that are still floats, and norms, float32; not copied."""
-        return {name: x.detach() for name, x in (self._floats | self._norms).items()}
+    def free(self, bits: int) -> dict[str, Tensor]:
+        """A width's weights that are still floats, and the norms, float32; not copied."""
+        return {name: x.detach() for name, x in (self._floats[bits] | self._norms).items()}
 
     def finish(self) -> dict[str, NestedWeight]:
         """What has been fixed, with its floats of now."""
         return {name: soft.finish() for name, soft in self._soft.items()}
 
-    @torch.enable_grad()
     def train(self) -> None:
-        """One round: `settings.steps` steps of Adam, kept if held-out windows gain from it."""
-        moving = self._moving()
+        """One round: every width trains for `settings.steps` steps of Adam.
+
+        What a width has gained is kept if windows that are held out gain from it. Norms serve all
+        widths: they move with the narrowest, whose error is by far the largest.
+        """
+        errors = [(bits, *self._train(bits)) for bits in self._data.streams]
+        before = {bits: error for bits, error, _ in errors}
+        self.curve.append((before, {bits: error for bits, _, error in errors}))
+
+    @torch.enable_grad()
+    def _train(self, bits: int) -> tuple[float, float]:
+        """Train one width; its error on held-out windows before and after."""
+        moving, before = self._moving(bits), self._held_out_error(bits)
         start = [parameter.detach().clone() for parameter, _ in moving]
-        before = self._held_out_error()
         groups = [{"params": [p.requires_grad_()], "rate": rate} for p, rate in moving]
+        if not groups:
+            return before, before
         optimizer = torch.optim.Adam(groups, lr=0.0, betas=_BETAS)
         steps, batches = self._settings.steps, self._batches()
         for step in range(steps):
@@ -123,30 +139,42 @@ class BlockTrainer:
                 group["lr"] = group["rate"] * (1 - step / steps)
             optimizer.zero_grad()
             windows = next(batches)
-            for bits, own in self._shared(windows):
-                say = self._data.weights[bits] * len(own) / len(windows)
-                error = say * self._error(bits, own)
-                # A width may have nothing left that moves.
-                if error.requires_grad:
-                    error.backward()
+            if len(own := self._share(windows)):
+                with self._products():
+                    error = self._error(bits, own) * (len(own) / len(windows))
+                error.backward()
             self._sum_gradients([parameter for parameter, _ in moving])
             optimizer.step()
-        after = self._held_out_error()
-        if not self._total(after) < self._total(before):
-            with torch.no_grad():
-                for (parameter, _), old in zip(moving, start, strict=True):
-                    parameter.copy_(old)
-            after = before
-        self.curve.append((before, after))
+        optimizer.zero_grad()
+        after = self._held_out_error(bits)
+        if after < before:
+            return before, after
+        with torch.no_grad():
+            for (parameter, _), old in zip(moving, start, strict=True):
+                parameter.copy_(old)
+        return before, before
 
-    def _moving(self) -> list[tuple[Tensor, float]]:
-        """Everything that moves, with its rate: weights move in units of their own size."""
-        settings = self._settings
-        sizes = [(w, float(w.detach().square().mean().sqrt())) for w in self._floats.values()]
-        moving = [(weight, settings.weight_rate * size) for weight, size in sizes]
+    @contextmanager
+    def _products(self) -> Iterator[None]:
+        """A training step's forward pass, in the precision of the settings."""
+        kind = next(self._layer.parameters()).device.type
+        low = self._settings.precision == "bfloat16"
+        with exact_routers(self._layer), torch.autocast(kind, torch.bfloat16, enabled=low):
+            yield
+
+    def _moving(self, bits: int) -> list[tuple[Tensor, float]]:
+        """What moves with a width, with its rate: weights move in units of their own size."""
+        settings, moving = self._settings, list[tuple[Tensor, float]]()
+        for weight in self._floats[bits].values():
+            # As scales and zeros do: half as far with every bit.
+            size = float(weight.detach().square().mean().sqrt()) * 2.0 ** (2 - bits)
+            moving.append((weight, settings.weight_rate * size))
         for soft in self._soft.values():
-            moving += [(parameter, settings.float_rate) for parameter in soft.parameters()]
-        moving += [(norm, settings.norm_rate) for norm in self._norms.values()]
+            if bits in soft.moved:
+                own = (soft.scale[bits], soft.zero[bits])
+                moving += [(parameter, settings.float_rate) for parameter in own]
+        if bits == min(self._data.streams):
+            moving += [(norm, settings.norm_rate) for norm in self._norms.values()]
         return [(parameter, rate) for parameter, rate in moving if rate > 0]
 
     def _batches(self) -> Iterator[Tensor]:
@@ -163,7 +191,7 @@ class BlockTrainer:
         """
         hidden_BSD = self._data.streams[bits][windows]
         dense = {name: soft.dense(bits) for name, soft in self._soft.items()}
-        state = self._floats | dense | self._norms
+        state = self._floats[bits] | dense | self._norms
         inputs = (hidden_BSD, self._data.route(windows), self._data.context(hidden_BSD))
         out_BSD = functional_call(self._layer, state, inputs)
         target_BSD = self._data.target_NSD[windows]
@@ -172,33 +200,24 @@ class BlockTrainer:
         return (error_BS / size_BS).mean()
 
     @torch.no_grad()
-    def _held_out_error(self) -> dict[int, float]:
-        places = {bits: place for place, bits in enumerate(self._data.weights)}
-        total_W = torch.zeros(len(places), dtype=torch.float64)
-        for bits, windows in self._shared(self._held_out):
-            for part in windows.split(self._windows):
-                total_W[places[bits]] += float(self._error(bits, part)) * len(part)
-        self._workers.sum_([total_W])
-        means = (total_W / len(self._held_out)).tolist()
-        return {bits: means[place] for bits, place in places.items()}
+    def _held_out_error(self, bits: int) -> float:
+        total = torch.zeros(1, dtype=torch.float64)
+        for part in self._share(self._held_out).split(self._windows):
+            if len(part):
+                total += float(self._error(bits, part)) * len(part)
+        self._workers.sum_([total])
+        return float(total) / len(self._held_out)
 
-    def _shared(self, windows: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """This process's part of all pairs of a width and a window, as windows by width."""
-        count = len(windows)
-        mine = self._workers.share(count * len(self._data.weights))
-        for place, bits in enumerate(self._data.weights):
-            own = windows[max(0, mine.start - place * count) : max(0, mine.stop - place * count)]
-            if len(own):
-                yield bits, own
+    def _share(self, windows: Tensor) -> Tensor:
+        """This process's part of some windows."""
+        mine = self._workers.share(len(windows))
+        return windows[mine.start : mine.stop]
 
     def _sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Give every process the gradient of all windows and widths."""
+        """Give every process the gradient of all windows."""
         if self._workers.count == 1:
             return
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._workers.sum_([p.grad for p in parameters if p.grad is not None])
-
-    def _total(self, errors: Mapping[int, float]) -> float:
-        return sum(self._data.weights[bits] * error for bits, error in errors.items())

@@ -180,14 +180,11 @@ def _block_data(
     for part, (x, route) in zip(streams.own, streams.batches(None, layer_idx), strict=True):
         target_NSD[part] = reference(x, route, streams.context(x))
     streams.exchange(target_NSD)
-    weights = {bits: 4.0**bits * solver.omega.get(bits, 1.0) for bits in solver.widths}
-    total = sum(weights.values())
     return BlockData(
         streams.hidden,
         target_NSD,
         lambda windows: streams.route_of(layer_idx, windows),
         streams.context,
-        {bits: weight / total for bits, weight in weights.items()},
     )
 
 

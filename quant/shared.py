@@ -8,6 +8,7 @@ Shapes: O output rows, I inputs, E experts, W widths; "..." leading dimensions, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fissile.quant.nested import NestedWeight
 from fissile.quant.residual import with_residual
-from fissile.quant.solvers import Evidence, Solver
+from fissile.quant.solvers import Evidence, Solver, by_width
 from fissile.workers import Workers
 
 
@@ -32,7 +33,7 @@ def solve_shared(
 
     Args:
         solver: does it.
-        weight: float32 (..., O, I).
+        weight: float32 (..., O, I), or (W, ..., O, I) with one for every width.
         original: float32 (..., O, I), what 6 and 8 bits shall come near.
         evidence: of the inputs, the same in every process.
         group_size: inputs that share a scale and a zero.
@@ -46,21 +47,22 @@ def solve_shared(
         # Chosen on a few rows of the whole: the shares must not differ.
         chosen = solver.table(weight, evidence, group_size) if workers.main else 1.0
         companding = workers.from_main(chosen)
-    stacked = weight.dim() == 3 and len(weight) >= workers.count
-    dim = 0 if stacked else weight.dim() - 2
-    total = weight.shape[dim]
+    stacked = original.dim() == 3 and len(original) >= workers.count
+    dim = 0 if stacked else original.dim() - 2
+    total = original.shape[dim]
     if workers.count > 1 and total < workers.count:
         workers = Workers.alone(workers.device)
     if workers.count > 1:
         mine = workers.share(total)
         weight, original = (
-            x.narrow(dim, mine.start, mine.stop - mine.start) for x in (weight, original)
+            x.narrow(dim - original.dim(), mine.start, mine.stop - mine.start)
+            for x in (weight, original)
         )
         if stacked:
             drift = {bits: moved[mine] for bits, moved in evidence.drift.items()}
             evidence = Evidence(evidence.hessian[mine], drift)
     nested = solver(weight, evidence, group_size, companding)
-    losses = row_losses(nested, weight, evidence.hessian)
+    losses = row_losses(nested, by_width(weight, evidence, solver.widths), evidence.hessian)
     if solver.residual:
         # Nothing has to make up for anything there.
         nested = with_residual(nested, original, evidence.hessian, solver.residual)
@@ -69,18 +71,19 @@ def solve_shared(
     return _gathered(nested, workers, dim, total), workers.gather(losses, dim + 1, total)
 
 
-def row_losses(nested: NestedWeight, weight: Tensor, hessian: Tensor) -> Tensor:
-    """w H w' of every row of the weight, then dw H dw' of its error at every width.
+def row_losses(nested: NestedWeight, weights: Mapping[int, Tensor], hessian: Tensor) -> Tensor:
+    """w H w' of every row of the widest width's weight, then dw H dw' of the error at every width.
 
     Args:
         nested: codes (..., O, I).
-        weight: float32 (..., O, I).
+        weights: width to float32 (..., O, I), what it shall come near.
         hessian: float32 (..., I, I).
 
     Returns:
         float32 (1 + W, ..., O), widths ascending.
     """
-    parts = [weight, *(nested.dequantize(width).sub_(weight) for width in nested.widths)]
+    parts = [nested.dequantize(width).sub_(weights[width]) for width in nested.widths]
+    parts.insert(0, weights[nested.widths[-1]])
     return torch.stack([((part @ hessian) * part).sum(-1) for part in parts])
 
 

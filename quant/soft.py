@@ -26,9 +26,9 @@ class SoftFloats:
 
     Attributes:
         moved: widths that move.
-        scale: by moving width, float32 (..., O, G), change of the scales in units of the starting
-            ones; empty with a rank.
-        zero: likewise of the zeros of centred codes, in units of the starting scales.
+        scale: by moving width k, float32 (..., O, G), change of the scales in units of 2^(2 - k) of
+            the starting ones; empty with a rank.
+        zero: likewise of the zeros of centred codes, in units of 2^(2 - k) starting scales.
         factors: by moving width, (..., O, R) and (..., R, G) whose product stands for `zero`; empty
             without a rank.
 
@@ -85,12 +85,14 @@ class SoftFloats:
         """Current scale and zero of the centred code, (..., O, G)."""
         start = self.nested.scale[bits]
         centred = self.nested.zero[bits] + start * self._half(bits)
+        # One rate serves all widths: the codes resolve twice as much with every bit.
+        unit = start * 2.0 ** (layout.NESTED[0] - bits)
         if bits in self.factors:
             left, right = self.factors[bits]
-            return start, centred + start * (left @ right)
+            return start, centred + unit * (left @ right)
         if bits not in self.scale:
             return start, centred
-        return start * (1 + self.scale[bits]), centred + start * self.zero[bits]
+        return start + unit * self.scale[bits], centred + unit * self.zero[bits]
 
     def dense(self, bits: int) -> Tensor:
         """Weights at one width, float32 (..., O, I), differentiable."""

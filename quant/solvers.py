@@ -1,11 +1,11 @@
 """What turns a weight into integers, and what it is told about the layer.
 
-Shapes: I inputs, O output rows; "..." leading dimensions (experts).
+Shapes: I inputs, O output rows, W widths; "..." leading dimensions (experts).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +31,8 @@ class Evidence:
 
 
 Solve = Callable[[Tensor, Evidence, int, float | None], NestedWeight]
-"""Weight (..., O, I), evidence, group size and table (None: free to choose) to a nested weight."""
+"""Weight (..., O, I), or (W, ..., O, I) with one for every width; evidence, group size and table
+(None: free to choose) to a nested weight."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ class Solver:
         drift: whether it wants to know the drift.
         solve: does it.
         block: training of each block between the solves; None or 0 steps for none.
-        omega: weight of each width's block error, relative to 4^width; 1 where it is absent.
         seed: of the order of windows in that training.
         residual: of 6 and 8, those to add when a layer is finished.
         sensitivity: measure what each weight at each width costs its block.
@@ -54,7 +54,6 @@ class Solver:
     drift: bool
     solve: Solve
     block: BlockStage | None = None
-    omega: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
     residual: tuple[int, ...] = ()
     sensitivity: bool = False
@@ -68,7 +67,7 @@ class Solver:
     def __call__(
         self, weight: Tensor, evidence: Evidence, group_size: int, companding: float | None = None
     ) -> NestedWeight:
-        """Quantize one weight or a stack."""
+        """Quantize one weight or a stack, see `Solve`."""
         return self.solve(weight, evidence, group_size, companding)
 
 
@@ -82,7 +81,7 @@ def float_targets(
     all of it fits the calibration text too well (GPTAQ's setting, arXiv 2504.02692).
 
     Args:
-        weight: float (..., O, I).
+        weight: float (..., O, I), or (W, ..., O, I) with one for every width, ascending.
         evidence: with the drift of every width.
         blend: 0 to 1.
         damp: ridge in units of the mean diagonal.
@@ -96,9 +95,15 @@ def float_targets(
     hessian = hessian + torch.diag_embed(ridge.expand_as(diagonal))
     factor = torch.linalg.cholesky(hessian)
     targets = {}
-    for bits, drift in evidence.drift.items():
-        change = weight.double() @ drift.double()
+    for bits, own in by_width(weight, evidence, sorted(evidence.drift)).items():
+        change = own.double() @ evidence.drift[bits].double()
         # H is symmetric: V H = change is H V^T = change^T.
         change = torch.cholesky_solve(change.mT, factor).mT
-        targets[bits] = (weight.double() + blend * change).float()
+        targets[bits] = (own.double() + blend * change).float()
     return targets
+
+
+def by_width(weight: Tensor, evidence: Evidence, widths: Sequence[int]) -> dict[int, Tensor]:
+    """A weight (..., O, I) for every width, or each its own of (W, ..., O, I)."""
+    shared = weight.dim() == evidence.hessian.dim()
+    return dict(zip(widths, [weight] * len(widths) if shared else weight, strict=True))

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from fissile.kernels import layout
 from fissile.models.build import empty_layer
 from fissile.models.modeling_fissile import FissileDecoderLayer
+from fissile.models.precision import exact_routers
 from fissile.models.routers_fissile import Route
 from fissile.models.source import LAYER
 from fissile.models.stream import StreamedModel
@@ -95,7 +96,8 @@ class TunedModel:
         def run(input_ids: Tensor, **_: Any) -> Any:
             model, hidden_BSD = self._model, self._model.embed(input_ids)
             context = model.context(hidden_BSD)
-            routes = model.routes(input_ids)
+            with torch.autocast(hidden_BSD.device.type, enabled=False):
+                routes = model.routes(input_ids)
             for i, (layer, route) in enumerate(zip(self._layers, routes, strict=True)):
                 inputs = (hidden_BSD, route, context)
                 own = {
@@ -170,7 +172,8 @@ class _Layer:
         for name, soft in self.soft.items():
             own = bits[name]
             state[name] = soft.finish().dequantize(own) if stored else soft.dense(own)
-        out_BSD: Tensor = functional_call(self._module, state, (hidden_BSD, route, context))
+        with exact_routers(self._module):
+            out_BSD: Tensor = functional_call(self._module, state, (hidden_BSD, route, context))
         return out_BSD
 
     @torch.no_grad()

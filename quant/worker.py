@@ -78,8 +78,7 @@ class LayerWorker:
         self.trainer, self.work = trainer, LayerWork()
         self._parameters = dict(layer.named_parameters())
         if trainer is not None:
-            # One copy of them: what the trainer moves is what the layer computes with.
-            self._take_free(trainer)
+            self._take_free(trainer, solver.widths[-1])
         self._originals = dict(reference.named_parameters()) if reference is not None else {}
 
     def quantize(self, attention: list[list[str]]) -> LayerWork:
@@ -100,6 +99,8 @@ class LayerWorker:
         """Put what is solved so far into the layer, at one width."""
         for name, nested in self.work.nested.items():
             self._parameters[name].data = nested.dequantize(bits)
+        if self.trainer is not None:
+            self._take_free(self.trainer, bits)
 
     # -- inputs of linears -----------------------------------------------------------------------
 
@@ -164,12 +165,12 @@ class LayerWorker:
 
         evidence, _ = self._evidence(measure)
         rows = [self._parameters[path].shape[0] for path in paths]
-        weight_OI = torch.cat([self._parameters[path].float() for path in paths])
-        original_OI = weight_OI
+        weight = torch.cat([self._weight(path) for path in paths], dim=-2)
+        original_OI = weight if weight.dim() == 2 else weight[-1]
         if self.solver.residual:
             original_OI = torch.cat([self._originals[path].float() for path in paths])
         nested, table_WO = solve_shared(
-            self.solver, weight_OI, original_OI, evidence, group, self.streams.workers
+            self.solver, weight, original_OI, evidence, group, self.streams.workers
         )
         losses = [relative_losses(self.solver.widths, part) for part in table_WO.split(rows, dim=1)]
         for path, part, loss in zip(paths, nested.split(rows), losses, strict=True):
@@ -200,11 +201,18 @@ class LayerWorker:
         if self.trainer is not None:
             self.trainer.train()
             self.work.nested |= self.trainer.finish()
-            self._take_free(self.trainer)
+            self._take_free(self.trainer, self.solver.widths[-1])
 
-    def _take_free(self, trainer: BlockTrainer) -> None:
-        for name, tensor in trainer.free().items():
+    def _take_free(self, trainer: BlockTrainer, bits: int) -> None:
+        # No copy: what the trainer moves is what the layer computes with.
+        for name, tensor in trainer.free(bits).items():
             self._parameters[name].data = tensor
+
+    def _weight(self, name: str, part: slice = slice(None)) -> Tensor:
+        """Rows or experts of a weight, float32 (..., O, I); (W, ..., O, I) if widths have own."""
+        if self.trainer is None or len(self.solver.widths) == 1:
+            return self._parameters[name][part].float()
+        return torch.stack([self.trainer.free(k)[name][part] for k in self.solver.widths])
 
     def _evidence(self, measure: Callable[[int], Measured]) -> tuple[Evidence, Tensor]:
         """Mean Hessian over the widths and the drift of each; tokens of the last."""
@@ -275,24 +283,25 @@ class LayerWorker:
         self._experts(name, group, measure)
 
     def _experts(self, name: str, group: int, measure: Callable[[int, int, int], Measured]) -> None:
-        stack_EOI = self._parameters[name].float()
+        experts, _, inputs = self._parameters[name].shape
         solved: list[NestedWeight] = []
         losses = []
-        for begin, end in self._rounds(*stack_EOI.shape[::2]):
+        for begin, end in self._rounds(experts, inputs):
 
             def of_round(bits: int, begin: int = begin, end: int = end) -> Measured:
                 return measure(bits, begin, end)
 
             evidence, tokens = self._evidence(of_round)
             if name.endswith("gate_up_proj"):
-                self._starved(tokens, begin, stack_EOI.shape[-1])
+                self._starved(tokens, begin, inputs)
             # One table for the whole stack.
             table = solved[0].companding if solved else None
-            part_EOI = original_EOI = stack_EOI[begin:end]
+            part = self._weight(name, slice(begin, end))
+            original_EOI = part if part.dim() == 3 else part[-1]
             if self.solver.residual:
                 original_EOI = self._originals[name][begin:end].float()
             nested, table_WEO = solve_shared(
-                self.solver, part_EOI, original_EOI, evidence, group, self.streams.workers, table
+                self.solver, part, original_EOI, evidence, group, self.streams.workers, table
             )
             losses.append(relative_losses(self.solver.widths, table_WEO))
             solved.append(nested)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fissile.config import Recover
 from fissile.errors import UsageError
 from fissile.models.modules_fissile import RoutedMLP
-from fissile.refactor.grouped import ROUTER_PARTS
+from fissile.models.precision import ROUTER_PARTS
 from fissile.refactor.router import oracle_targets
 from fissile.refactor.training import Curve, Progress, TrainSettings
 

@@ -10,7 +10,7 @@ and O outputs of a product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,9 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fissile.models.modules_fissile import FissileExperts
-
-ROUTER_PARTS = (".router.", ".selector.")
-"""What names of a router's parameters contain."""
+from fissile.models.precision import exact_routers, replaced_forwards
 
 
 class _Product(torch.autograd.Function):
@@ -125,35 +123,11 @@ def grouped_experts(
 
 @contextmanager
 def ready_to_train(model: nn.Module) -> Iterator[None]:
-    """Experts by `grouped_experts`, routers in their own precision, until the block ends.
-
-    Under autocast a router would choose other experts than it will choose in use.
-    """
-    changed: list[nn.Module] = []
-    for name, module in model.named_modules():
-        if isinstance(module, FissileExperts):
-            forward: Any = partial(grouped_experts, module)
-        elif name.endswith(tuple(part[:-1] for part in ROUTER_PARTS)):
-            forward = partial(_exactly, module.forward)
-        else:
-            continue
-        # On the instance, over the class's: gone again with `del`.
-        object.__setattr__(module, "forward", forward)
-        changed.append(module)
-    try:
+    """Experts by `grouped_experts`, routers in their own precision, until the block ends."""
+    grouped: dict[nn.Module, Callable[..., Any]] = {
+        module: partial(grouped_experts, module)
+        for module in model.modules()
+        if isinstance(module, FissileExperts)
+    }
+    with exact_routers(model), replaced_forwards(grouped):
         yield
-    finally:
-        for module in changed:
-            object.__delattr__(module, "forward")
-
-
-def _exactly(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a forward function without autocast, its float inputs in float32."""
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    with torch.autocast(tensors[0].device.type, enabled=False):
-        return forward(*(_wide(a) for a in args), **{k: _wide(a) for k, a in kwargs.items()})
-
-
-def _wide(value: Any) -> Any:
-    low = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if low else value

@@ -21,9 +21,10 @@ from fissile.config import Recover
 from fissile.errors import UsageError
 from fissile.io.units import UnitStore
 from fissile.models.modeling_fissile import FissileForCausalLM
+from fissile.models.precision import ROUTER_PARTS
 from fissile.refactor.alternate import alternate
 from fissile.refactor.compensate import is_held_out
-from fissile.refactor.grouped import ROUTER_PARTS, ready_to_train
+from fissile.refactor.grouped import ready_to_train
 from fissile.refactor.schedules import refined_table
 from fissile.refactor.sharding import shard, shards, unsharded
 from fissile.refactor.teacher import Teacher, distill_loss

@@ -25,9 +25,20 @@ class BlockStage(Strict):
         " effort",
     )
     batch_tokens: int = Field(2048, gt=0, description="tokens of one step")
-    weight_rate: float = Field(1e-2, ge=0, description="of weights not yet quantized, in their rms")
-    float_rate: float = Field(5e-3, gt=0, description="of scales and zeros, in units of each scale")
+    weight_rate: float = Field(
+        1e-2,
+        ge=0,
+        description="at 2 bits, of weights not yet quantized, in their rms; half with each bit",
+    )
+    float_rate: float = Field(
+        5e-3,
+        gt=0,
+        description="at 2 bits, of scales and zeros, in units of each scale; half with each bit",
+    )
     norm_rate: float = Field(1e-3, ge=0, description="of norms; 0: they stay")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the products; what is trained stays float32"
+    )
 
 
 class Tune(Strict):
@@ -38,7 +49,12 @@ class Tune(Strict):
     )
     batch_tokens: int = Field(2048, gt=0, description="tokens of one step")
     context: int = Field(512, ge=8, description="most tokens of a window")
-    learning_rate: float = Field(4e-3, gt=0, description="in units of each scale and norm")
+    learning_rate: float = Field(
+        4e-3,
+        gt=0,
+        description="of norms, in their units, and of scales and zeros at 2 bits, in units of each"
+        " scale; half with each bit",
+    )
     norms: bool = Field(True, description="norms move too; never with 6 and 8 bits")
     teacher_top_k: int = Field(64, ge=0, description="logits kept per token of the dense model")
     precision: Literal["float32", "bfloat16"] = Field(

@@ -75,7 +75,8 @@ def test_an_update_of_low_rank_merges_into_the_zeros() -> None:
     left, right = (x.detach().double() for x in soft.factors[3])
     assert left.shape == (2, 16, 2)
     assert right.shape == (2, 2, 4)
-    change = nested.scale[3].double() * torch.einsum("eor,erg->eog", left, right)
+    # In units of half a step: a quarter at 4 bits, one at 2.
+    change = nested.scale[3].double() / 2 * torch.einsum("eor,erg->eog", left, right)
     expected = nested.dequantize(3).double() + change.repeat_interleave(32, dim=-1)
     assert torch.allclose(soft.dense(3).double(), expected, atol=1e-6)
     made = soft.finish()

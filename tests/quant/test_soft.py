@@ -28,14 +28,15 @@ def test_weights_and_gradients_are_those_of_the_definition(nested: NestedWeight,
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=rng))
     outer = torch.randn(nested.codes.shape, generator=rng)
     (soft.dense(bits) * outer).sum().backward()
-    # In float64 from the values of the codes: W = s (1 + a) (v - m) + (z + s m) + s b.
+    # In float64 from the values of the codes, with u = 2^(2 - k):
+    # W = s (1 + u a) (v - m) + (z + s m) + s u b.
     step = torch.where(nested.scale[bits] > 0, nested.scale[bits], 1.0).double()
     value = (nested.dequantize(bits).double().unflatten(-1, (2, 32))) - nested.zero[bits][..., None]
     value = value / step[..., None]
     # The table is symmetric around its middle.
     middle = (max_value(nested, bits) / 2).double()
     outer_g = outer.double().unflatten(-1, (2, 32))
-    scale = nested.scale[bits].double()
+    scale = nested.scale[bits].double() * {2: 1.0, 3: 0.5, 4: 0.25}[bits]
     by_scale = (outer_g * (value - middle)).sum(-1) * scale
     by_zero = outer_g.sum(-1) * scale
     for moved, truth in ((soft.scale[bits], by_scale), (soft.zero[bits], by_zero)):

@@ -39,7 +39,8 @@ def test_a_small_layer(run_cli: Cli, tmp_path: Path) -> None:
 
 
 def test_the_solver_against_the_reference(run_cli: Cli) -> None:
-    sizes = ["outputs=48", "inputs=128", "tokens=512", "efforts=[fast, balanced]", "joint=true"]
+    sizes = ["outputs=48", "inputs=128", "tokens=512", "efforts=[fast, balanced]"]
+    sizes.append("joint=[fast]")
     flags = [part for item in sizes for part in ("--set", item)]
     code, text, err = run_cli("bench", "solver", "-q", "--json", *flags)
     assert code == 0, err
@@ -50,7 +51,9 @@ def test_the_solver_against_the_reference(run_cli: Cli) -> None:
     for found in ours.values():
         assert found["loss"] < found["held_out"]
         assert found["held_out_ratio"] == found["held_out"] / reference["held_out"]
-        assert found["joint_ratio"] == found["joint_seconds"] / found["alone_seconds"]
+    assert {*row["joint"]} == {"fast"}
+    joint = row["joint"]["fast"]
+    assert joint["time_ratio"] == joint["seconds"] / joint["alone_seconds"]
     assert {"load_average", "threads", "versions", "counted"} <= {*row["conditions"]}
     code, _, err = run_cli("bench", "solver", "--set", "inputs=100")
     assert code == 2

@@ -120,7 +120,7 @@ def test_seven_billion_in_five_seconds_without_torch(big: Path) -> None:
     assert found["peak_stage"] == "recover"
     assert found["peak_memory_bytes"] > 8 * found["parameters"]
     quantize = found["stages"][4]
-    assert 2e9 < quantize["peak_memory_bytes"] < 12e9
+    assert 2e9 < quantize["peak_memory_bytes"] < 16e9
     assert sum(quantize["memory"].values()) == quantize["peak_memory_bytes"]
     assert found["experts"] == {
         "shared": 6400,

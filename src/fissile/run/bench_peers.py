@@ -53,6 +53,9 @@ class PeersBench(Strict):
     held_out_tokens: int = Field(65536, gt=0, description="over all domains, divided evenly")
     folder: str = Field("runs/peers", description="results, kept and resumed")
     threads: int = Field(1, gt=0, description="of a peer")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of our products in training; what is trained stays float32"
+    )
 
 
 def run(settings: PeersBench, progress: Progress) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def run(settings: PeersBench, progress: Progress) -> dict[str, Any]:
     conditions = {
         "model_sha256": model_sha256(material.source.folder),
         "text_sha256": {name: sha256_files([getattr(material, name)]) for name in texts},
-        **settings.model_dump(include={"tokens", "context", "held_out_tokens"}),
+        **settings.model_dump(include={"tokens", "context", "held_out_tokens", "precision"}),
     }
     _same_conditions(root, conditions)
     reasons = _missing_packages(settings, progress)
@@ -92,7 +95,7 @@ def run(settings: PeersBench, progress: Progress) -> dict[str, Any]:
         with stop_on_signals(stop):
             if isinstance(job, OwnJob):
                 show = partial(_tick, progress, stop)
-                measured += own_rows(job, score_own(job, material, show))
+                measured += own_rows(job, score_own(job, material, show, settings.precision))
                 label = f"{job.system} {list(job.widths)} bits, seed {job.seed}"
             else:
                 found = _score(job, settings, material, reasons.get(RECIPES[job.peer].package))

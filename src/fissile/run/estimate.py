@@ -300,7 +300,7 @@ class Estimator:
         return self._cost("tune", memory, kept + 3 * size * floats, work)
 
     def _training_a_block(self) -> float:
-        """Gradients, Adam's moments and a copy of a block's weights, activations of one step."""
+        """A block's weights in training, activations of one step."""
         costs, dims, wanted = self.costs, self.shape.dims, self.recipe.quantize
         if not wanted.block.steps:
             return 0.0
@@ -308,7 +308,9 @@ class Estimator:
         computed = self.shape.computed * dims.ffn
         copies = costs.train_copies_d * dims.hidden + costs.train_copies_f * computed
         scores = 2 * dims.heads * self.recipe.calibrate.context
-        held = 4 * self.shape.layer_weights + tokens * (copies + scores)
+        # Weights of every width; of one at a time gradients, moments and what it may go back to.
+        times = sum(bits <= 4 for bits in wanted.widths) + 4
+        held = times * self.shape.layer_weights + tokens * (copies + scores)
         return float(costs.float_bytes * held)
 
     def _solving(self, count: int, outputs: int, inputs: int) -> float:

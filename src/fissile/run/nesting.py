@@ -24,7 +24,7 @@ from fissile.quant.decoupleq import decoupleq
 from fissile.quant.layers import QuantizedLayer, final_layer
 from fissile.quant.nested import NestedWeight
 from fissile.quant.sensitivity import choices, sharing
-from fissile.quant.solvers import Evidence, Solver, float_targets
+from fissile.quant.solvers import Evidence, Solver, by_width, float_targets
 from fissile.run.context import RunContext
 
 
@@ -46,11 +46,9 @@ def nested_solver(settings: Quantize, seed: int) -> Solver:
     def run(
         weight: Tensor, evidence: Evidence, group: int, companding: float | None
     ) -> NestedWeight:
-        targets = None
-        if evidence.drift:
-            targets = float_targets(weight, evidence, settings.blend, settings.damp)
+        targets = _targets(weight, evidence, settings, widths)
         return solve(
-            weight,
+            weight if targets is None else targets[widths[-1]],
             evidence.hessian,
             widths=widths,
             group_size=group,
@@ -63,12 +61,13 @@ def nested_solver(settings: Quantize, seed: int) -> Solver:
         )
 
     def table(weight: Tensor, evidence: Evidence, group: int) -> float:
-        rows = probed_rows(weight.shape[-2])
-        weight_BOI = weight[..., rows, :].reshape(-1, len(rows), weight.shape[-1])
+        probe = weight[..., probed_rows(weight.shape[-2]), :]
+        targets = _targets(probe, evidence, settings, widths)
+        shape = (-1, *probe.shape[-2:])
+        weight_BOI = probe.reshape(shape)
+        if targets is not None:
+            weight_BOI = torch.stack([targets[k].reshape(shape) for k in widths])
         hessian_BII = evidence.hessian.reshape(-1, *evidence.hessian.shape[-2:])
-        if evidence.drift:
-            targets = float_targets(weight[..., rows, :], evidence, settings.blend, settings.damp)
-            weight_BOI = torch.stack([targets[k].reshape(weight_BOI.shape) for k in widths])
         return choose_companding(
             weight_BOI, hessian_BII, widths, settings.omega, group, settings.damp
         )
@@ -81,12 +80,22 @@ def nested_solver(settings: Quantize, seed: int) -> Solver:
         settings.blend > 0,
         run,
         block,
-        dict(settings.omega),
         seed,
         residual,
         settings.budget is not None,
         table if settings.companding is None else None,
     )
+
+
+def _targets(
+    weight: Tensor, evidence: Evidence, settings: Quantize, widths: tuple[int, ...]
+) -> dict[int, Tensor] | None:
+    """What each width shall come near; None if that is the weight for all."""
+    if evidence.drift:
+        return float_targets(weight, evidence, settings.blend, settings.damp)
+    if weight.dim() == evidence.hessian.dim():
+        return None
+    return by_width(weight, evidence, widths)
 
 
 def _decoupleq(settings: Quantize, bits: int, seed: int) -> Solver:
@@ -96,7 +105,7 @@ def _decoupleq(settings: Quantize, bits: int, seed: int) -> Solver:
         return decoupleq(weight, evidence.hessian, bits, group, damp=settings.damp)
 
     block = settings.block.model_copy(update={"weight_rate": 0.0})
-    return Solver((bits,), False, run, block, dict(settings.omega), seed)
+    return Solver((bits,), False, run, block, seed)
 
 
 def baseline_solver(kind: Baseline, bits: int, settings: Quantize, seed: int) -> Solver:

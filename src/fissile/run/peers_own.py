@@ -49,11 +49,18 @@ class OwnJob:
         name = f"{self.system}{effort}.g{self.group_size}"
         return root / "ours" / name / f"{widths}_bits" / f"seed_{self.seed}"
 
-    def settings(self, tokens: int) -> Quantize:
-        """As a recipe has them."""
-        given = {"effort": self.effort} if self.effort else {}
+    def settings(self, tokens: int, precision: str) -> Quantize:
+        """As a recipe has them.
+
+        Args:
+            tokens: of the calibration text.
+            precision: of the products in training.
+        """
+        given: dict[str, Any] = {"widths": self.widths, "group_size": self.group_size}
+        given |= {"effort": self.effort} if self.effort else {}
+        trained = {"precision": precision}
         return Quantize.model_validate(
-            {"widths": self.widths, "group_size": self.group_size, "tokens": tokens, **given}
+            {"tokens": tokens, "block": trained, "tune": trained, **given}
         )
 
 
@@ -65,13 +72,16 @@ def read_own(job: OwnJob, root: Path) -> dict[int, dict[str, Any]] | None:
     return {int(k): row for k, row in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
-def score_own(job: OwnJob, material: Material, progress: Progress) -> dict[int, dict[str, Any]]:
+def score_own(
+    job: OwnJob, material: Material, progress: Progress, precision: str = "float32"
+) -> dict[int, dict[str, Any]]:
     """Quantize unless that is done, and score every width; a job that was stopped goes on.
 
     Args:
         job: what to run.
         material: model, text and measure.
         progress: called as (stage, done, total, detail).
+        precision: of the products in training, float32 or bfloat16.
 
     Returns:
         Width to gap, perplexity by domain, bits per weight, and seconds of all widths together
@@ -85,7 +95,7 @@ def score_own(job: OwnJob, material: Material, progress: Progress) -> dict[int, 
 
     if (kept := read_own(job, material.root)) is not None:
         return kept
-    folder, settings = job.folder(material.root), job.settings(material.tokens)
+    folder, settings = job.folder(material.root), job.settings(material.tokens, precision)
     whole = not (folder / "units").exists()
     store = UnitStore(folder / "units")
     ids_NS, _ = material.windows(job.seed)
