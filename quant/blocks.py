@@ -5,7 +5,8 @@ block harden one group after the other: after each, the weights that are still f
 and zeros of the hardened ones and the norms are trained until the block gives what the original
 gave, so that the integers solved next are those of weights that already compensate. Norms are
 trained in float32, whatever the model's own type. Every width trains float weights of its own: what
-makes up for 2 bits would cost 4, and the solver takes a target a width.
+makes up for 2 bits would cost 4, and the solver takes a target a width. Norms serve all widths, and
+stay where there are several.
 
 Shapes: N windows, S tokens per window, D model width; B windows of one step.
 """
@@ -117,8 +118,7 @@ class BlockTrainer:
     def train(self) -> None:
         """One round: every width trains for `settings.steps` steps of Adam.
 
-        What a width has gained is kept if windows that are held out gain from it. Norms serve all
-        widths: they move with the narrowest, whose error is by far the largest.
+        What a width has gained is kept if windows that are held out gain from it.
         """
         errors = [(bits, *self._train(bits)) for bits in self._data.streams]
         before = {bits: error for bits, error, _ in errors}
@@ -173,7 +173,7 @@ class BlockTrainer:
             if bits in soft.moved:
                 own = (soft.scale[bits], soft.zero[bits])
                 moving += [(parameter, settings.float_rate) for parameter in own]
-        if bits == min(self._data.streams):
+        if len(self._data.streams) == 1:
             moving += [(norm, settings.norm_rate) for norm in self._norms.values()]
         return [(parameter, rate) for parameter, rate in moving if rate > 0]
 

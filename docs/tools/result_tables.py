@@ -332,6 +332,28 @@ def ranks() -> str:
     )
 
 
+def solver() -> str:
+    """Our solver on one layer beside decoupleQ's reference algorithm."""
+    data = stored("solver")
+    how, systems = data["conditions"], {"decoupleQ's algorithm": data["reference"]}
+    systems |= {f"ours, {effort}": row for effort, row in data["ours"].items()}
+    rows = [
+        [name, f"{row['seconds']:.1f}", f"{row['loss']:.4f}", f"{row['held_out']:.4f}"]
+        for name, row in systems.items()
+    ]
+    joint = "; ".join(
+        f"2, 3 and 4 bits jointly at effort {effort} take {row['time_ratio']:.2f} times as long as"
+        " one after the other"
+        for effort, row in data["joint"].items()
+    )
+    return table(["", "seconds", "loss", "on other inputs"], rows) + (
+        f"\n\nConditions: one made-up layer of {how['outputs']:,} x {how['inputs']:,} weights,"
+        f" {how['bits']} bits, groups of {how['group_size']}, {how['tokens']:,} tokens, in one"
+        f" process with {how['threads']} thread; other work ran beside it (load"
+        f" {how['load_average']['after']:.1f} on {how['cores']} cores at the end). {joint}."
+    )
+
+
 def router_ideas() -> str:
     """What was tried to bring one early decision nearer to its oracle."""
     data = stored("router_ideas")
@@ -373,6 +395,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "token-widths": token_widths,
     "decode": decode,
     "ranks": ranks,
+    "solver": solver,
     "router-ideas": router_ideas,
     "kernels": kernels,
 }

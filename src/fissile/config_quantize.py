@@ -35,7 +35,7 @@ class BlockStage(Strict):
         gt=0,
         description="at 2 bits, of scales and zeros, in units of each scale; half with each bit",
     )
-    norm_rate: float = Field(1e-3, ge=0, description="of norms; 0: they stay")
+    norm_rate: float = Field(1e-3, ge=0, description="of norms, of one width alone; 0: they stay")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the products; what is trained stays float32"
     )

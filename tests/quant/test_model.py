@@ -211,8 +211,7 @@ def test_every_width_moves_weights_of_its_own(world: World) -> None:
     name = "self_attn.o_proj.weight"
     moved = {bits: trainer.free(bits)[name] - before[name] for bits in (2, 4)}
     norm = "input_layernorm.weight"
-    assert torch.equal(trainer.free(2)[norm], trainer.free(4)[norm])
-    assert not torch.equal(trainer.free(2)[norm], before[norm])
+    assert torch.equal(trainer.free(2)[norm], before[norm])
     # A step of Adam is its rate.
     step = 1e-2 * float(before[name].square().mean().sqrt())
     for bits, share in ((2, 1.0), (4, 0.25)):
