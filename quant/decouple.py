@@ -59,7 +59,7 @@ def solve(
         widths: ascending subset of (2, 3, 4). One width is the dedicated mode: a k-bit code,
             stored shifted left by 4 - k.
         group_size: inputs that share a scale and a zero; divides I, and I is a multiple of 8.
-        omega: weight of each width's loss, relative to 4^width; default {2: 4, 3: 1, 4: 1}.
+        omega: weight of each width's loss, relative to 4^width; default {2: 2.5, 3: 1, 4: 1}.
         effort: how many starts and alternations, see `PLANS`.
         companding: table of the values at 3 and 4 bits, 1 or a key of `layout.COMPANDED`; None for
             the one whose quick solve of some rows ends lowest.
@@ -75,7 +75,7 @@ def solve(
         ValueError: shapes, widths or options that do not fit, values that are not finite, a
             Hessian that is far from positive semi-definite, or weights outside float16.
     """
-    weights = dict(omega or {2: 4.0, 3: 1.0, 4: 1.0})
+    weights = dict(omega or {2: 2.5, 3: 1.0, 4: 1.0})
     _check(weight, hessian, tuple(widths), group_size, weights, effort, damp)
     single = weight.dim() == 2
     weight_BOI = _aims(weight.reshape(-1, *weight.shape[-2:]), targets, widths)

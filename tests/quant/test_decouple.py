@@ -12,7 +12,7 @@ from fissile.quant.decouple import Effort, solve
 from fissile.quant.nested import NestedWeight
 
 EFFORTS: tuple[Effort, ...] = ("fast", "balanced", "best")
-LAMBDA = torch.tensor([4.0 * 16, 64.0, 256.0], dtype=torch.float64)
+LAMBDA = torch.tensor([2.5 * 16, 64.0, 256.0], dtype=torch.float64)
 
 
 def total(nested: NestedWeight, bits: int) -> float:
@@ -109,7 +109,7 @@ def test_alternation_beats_gptq_and_rounding(kind: str, heavy: bool) -> None:
 
 def test_nesting_costs_no_more_than_known() -> None:
     weight, hessian = layers.weight(64, 256), layers.hessian(256, "power")
-    nested = solve(weight, hessian, group_size=128)
+    nested = solve(weight, hessian, group_size=128, omega={2: 4.0, 3: 1.0, 4: 1.0})
     for bits, most in ((2, 1.15), (3, 1.2), (4, 1.47)):
         alone = solve(weight, hessian, widths=(bits,), group_size=128)
         assert 1 < total(nested, bits) / total(alone, bits) < most
