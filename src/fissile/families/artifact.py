@@ -173,13 +173,24 @@ def artifact_tensors(family: Family, config: Mapping[str, Any]) -> Iterator[tupl
     with _well_formed("nested"):
         nested = config.get("nested") or {}
         modules, groups = set(nested.get("modules", ())), nested.get("groups", {})
+        mixed = nested.get("mixed", {})
         for name, shape in float_shapes(family, config):
             if name not in modules:
                 yield name, (None, shape)
                 continue
             group = groups.get(name, nested["group_size"])
+            _check_widths(name, mixed.get(name, nested["widths"][0]), nested["widths"], shape)
             for part, expected in nested_parts(shape, tuple(nested["widths"]), group).items():
                 yield f"{name}.{part}", expected
+
+
+def _check_widths(name: str, found: object, stored: list[int], shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a plan gives a weight a stored width, or each expert of a stack."""
+    widths = found if isinstance(found, list) else [found]
+    if widths is found and (len(shape) != 3 or len(widths) != shape[0]):
+        raise ValueError(f"mixed of {name}: {len(widths)} widths, the shape is {shape}")
+    if any(width not in stored for width in widths):
+        raise ValueError(f"mixed of {name}: {found}, stored are {stored}")
 
 
 @contextlib.contextmanager
