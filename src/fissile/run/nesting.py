@@ -118,6 +118,43 @@ def baseline_solver(kind: Baseline, bits: int, settings: Quantize, seed: int) ->
     return Solver((bits,), kind == "gptaq", run)
 
 
+def width_choices(
+    config: FissileConfig, store: UnitStore
+) -> tuple[dict[str, list[Choice]], dict[str, list[str]], int]:
+    """What every weight costs at every width, of a stack every expert by itself.
+
+    Args:
+        config: of the model.
+        store: units that `quantize_model` left.
+
+    Returns:
+        Choices by the name of the first of the weights that share a width, or by `expert_name` of
+        it; all weights that share one, by the first; and how many numbers there are.
+    """
+    table: dict[str, list[Choice]] = {}
+    members: dict[str, list[str]] = {}
+    weights = 0
+    for i in range(config.num_base_layers):
+        layer, prefix = final_layer(store, i), f"model.layers.{i}."
+        for names in sharing(list(layer.groups), config.backbone["attention"]):
+            # A plane of two bits a weight has a quarter of its inputs.
+            planes = [layer.parts[f"{name}.plane_2"].shape for name in names]
+            shapes = [(*shape[:-1], 4 * shape[-1]) for shape in planes]
+            weights += sum(prod(shape) for shape in shapes)
+            groups = [layer.groups[name] for name in names]
+            first = prefix + names[0]
+            members[first] = [prefix + name for name in names]
+            if len(shapes[0]) < 3:
+                sizes = list(zip(shapes, groups, strict=True))
+                table[first] = choices(layer.sensitivity[names[0]], sizes)
+                continue
+            sizes = [(shape[1:], group) for shape, group in zip(shapes, groups, strict=True)]
+            for e in range(shapes[0][0]):
+                errors = layer.sensitivity[expert_name(names[0], e)]
+                table[expert_name(first, e)] = choices(errors, sizes)
+    return table, members, weights
+
+
 def mixed_widths(
     config: FissileConfig, store: UnitStore, settings: Quantize
 ) -> dict[str, int | list[int]] | None:
@@ -135,31 +172,12 @@ def mixed_widths(
     """
     if settings.budget is None:
         return None
-    table: dict[str, list[Choice]] = {}
-    members: dict[str, list[str]] = {}
-    weights = 0
-    for i in range(config.num_base_layers):
-        layer, prefix = final_layer(store, i), f"model.layers.{i}."
-        for names in sharing(list(layer.groups), config.backbone["attention"]):
-            # A plane of two bits a weight has a quarter of its inputs.
-            planes = [layer.parts[f"{name}.plane_2"].shape for name in names]
-            shapes = [(*shape[:-1], 4 * shape[-1]) for shape in planes]
-            weights += sum(prod(shape) for shape in shapes)
-            sizes = list(zip(shapes, [layer.groups[name] for name in names], strict=True))
-            first = prefix + names[0]
-            members[first] = [prefix + name for name in names]
-            if len(shapes[0]) < 3:
-                table[first] = choices(layer.sensitivity[names[0]], sizes)
-                continue
-            one = [(shape[1:], group) for shape, group in sizes]
-            for e in range(shapes[0][0]):
-                errors = layer.sensitivity[expert_name(names[0], e)]
-                table[expert_name(first, e)] = choices(errors, one)
+    table, members, weights = width_choices(config, store)
     found = allocate(table, budget_bytes(settings.budget, weights)).bits
-    return {name: _own(found, first) for first, names in members.items() for name in names}
+    return {name: _width(found, first) for first, names in members.items() for name in names}
 
 
-def _own(bits: dict[str, int], name: str) -> int | list[int]:
+def _width(bits: dict[str, int], name: str) -> int | list[int]:
     """Width of a weight, or those of a stack's experts if they differ."""
     if name in bits:
         return bits[name]
