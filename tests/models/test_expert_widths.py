@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.export.converted import convert, write
+from tests.export.converted import convert, plan_of, with_plan, write
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fissile.errors import CorruptCheckpoint
+from fissile.eval.run import default_bits
+from fissile.families.artifact import plan_summary
 from fissile.io.headers import open_checkpoint_headers
 from fissile.kernels import dispatch
 from fissile.kernels.layout import loaded_bytes
@@ -22,31 +23,17 @@ from fissile.models import load, modules_fissile, nested_fissile
 from fissile.models.nested_fissile import NestedTensor, paths
 from fissile.models.source import CheckpointSource, filled, load_source
 from fissile.models.stacks_fissile import NestedStack, tensors_of
+from fissile.run.card import model_card
+from fissile.run.inspect import inspect_source
 
 IDS = torch.tensor([[5, 17, 230, 8, 99, 41, 7, 3, 1000, 12, 4, 66]])
 PLAN = ([4, 2, 3, 2], [2, 2, 4, 2])
 """Widths of the experts of both layers."""
 
 
-def planned(folder: Path, artifact: Path, mixed: dict[str, Any]) -> Path:
-    """A copy of an artifact with another plan."""
-    shutil.copytree(artifact, folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["nested"]["mixed"], config["bits"] = mixed, None
-    path.write_text(json.dumps(config))
-    return folder
-
-
-def plan_of(artifact: Path) -> dict[str, Any]:
+def plan(artifact: Path) -> dict[str, Any]:
     """Attention at 4 bits, shared neurons at 3, experts by `PLAN`."""
-    mixed: dict[str, Any] = {}
-    for name in json.loads((artifact / "config.json").read_text())["nested"]["modules"]:
-        layer = int(name.split(".")[2])
-        mixed[name] = 4 if "self_attn" in name else 3
-        if ".experts." in name:
-            mixed[name] = PLAN[layer]
-    return mixed
+    return plan_of(artifact, lambda layer: PLAN[layer])
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +46,7 @@ def artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def folder(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a width for every expert."""
-    return planned(tmp_path_factory.mktemp("plan") / "model", artifact, plan_of(artifact))
+    return with_plan(tmp_path_factory.mktemp("plan") / "model", artifact, plan(artifact))
 
 
 def logits(model: Any, ids: Tensor = IDS) -> Tensor:
@@ -175,25 +162,37 @@ def test_compiled_kernels_take_one_width_after_the_other(
 def test_a_plan_that_fits_no_stack_is_refused(
     artifact: Path, tmp_path: Path, widths: list[Any], message: str
 ) -> None:
-    mixed = {n: widths if ".experts." in n else 2 for n in plan_of(artifact)}
-    folder = planned(tmp_path / "model", artifact, mixed)
+    mixed = {n: widths if ".experts." in n else 2 for n in plan(artifact)}
+    folder = with_plan(tmp_path / "model", artifact, mixed)
     for read in (load, CheckpointSource):
         with pytest.raises(CorruptCheckpoint, match=f"mixed of model.*{message}"):
             read(folder)
 
 
 def test_an_expert_has_one_width(artifact: Path, tmp_path: Path) -> None:
-    mixed = plan_of(artifact)
+    mixed = plan(artifact)
     mixed["model.layers.0.mlp.experts.down_proj"] = [2, 4, 3, 2]
-    folder = planned(tmp_path / "model", artifact, mixed)
+    folder = with_plan(tmp_path / "model", artifact, mixed)
     with pytest.raises(CorruptCheckpoint, match="two weights differ in width"):
         load(folder)
 
 
 def test_a_list_is_for_stacks_alone(artifact: Path, tmp_path: Path) -> None:
-    mixed = plan_of(artifact)
+    mixed = plan(artifact)
     mixed["model.layers.0.self_attn.q_proj.weight"] = [2, 4]
-    folder = planned(tmp_path / "model", artifact, mixed)
+    folder = with_plan(tmp_path / "model", artifact, mixed)
     for read in (load, CheckpointSource):
         with pytest.raises(CorruptCheckpoint, match=r"mixed of model.*q_proj"):
             read(folder)
+
+
+def test_what_is_told_of_a_plan(folder: Path, artifact: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    told = {"weights": "3b 6, 4b 8", "experts": "2b 5, 3b 1, 4b 2"}
+    assert plan_summary(config) == inspect_source(folder)["plan"] == told
+    assert "by default weights 3b 6, 4b 8; experts 2b 5, 3b 1, 4b 2 |" in model_card(folder)
+    assert default_bits(config) is None
+    assert default_bits(config | {"bits": 3}) == 3
+    plain = json.loads((artifact / "config.json").read_text())
+    assert plan_summary(plain) is None
+    assert inspect_source(artifact)["default_bits"] == default_bits(plain) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -191,6 +192,31 @@ def _check_widths(name: str, found: object, stored: list[int], shape: tuple[int,
         raise ValueError(f"mixed of {name}: {len(widths)} widths, the shape is {shape}")
     if any(width not in stored for width in widths):
         raise ValueError(f"mixed of {name}: {found}, stored are {stored}")
+
+
+def plan_summary(config: Mapping[str, Any]) -> dict[str, str] | None:
+    """How many weights and experts of an artifact a plan gives which width; None without a plan.
+
+    Args:
+        config: contents of config.json.
+
+    Returns:
+        "weights", and "experts" where those of some stack differ, to text such as "2b 14, 3b 9".
+        An expert counts once, with its down projection.
+    """
+    mixed = (config.get("nested") or {}).get("mixed")
+    if not mixed or config.get("bits") is not None:
+        return None
+    weights = [widths for widths in mixed.values() if isinstance(widths, int)]
+    downs = [
+        own for name, own in mixed.items() if isinstance(own, list) and name.endswith("down_proj")
+    ]
+    found = {"weights": weights, "experts": [width for own in downs for width in own]}
+    return {
+        what: ", ".join(f"{k}b {n}" for k, n in sorted(Counter(widths).items()))
+        for what, widths in found.items()
+        if widths
+    }
 
 
 @contextlib.contextmanager

@@ -99,8 +99,10 @@ class Shard(NestedTensor):
         if self.cut == "rows" and len(self.stored_shape) == 2:
             begin, count = self.ranks.span(self.stored_shape[0], self.name)
             return reader.load_rows(full, begin, begin + count)
-        part = reader.load(full)
-        return self.share(part if self.experts is None else part[self.experts], segment)
+        if self.experts is None:
+            return self.share(reader.load(full), segment)
+        own = [reader.load_rows(full, e, e + 1) for e in self.experts]
+        return self.share(torch.cat(own), segment)
 
     def share(self, part: Tensor, segment: str) -> Tensor:
         """This process's share of a stored part.
