@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.export.converted import convert, write
 
 from fissile import models
 from fissile.export.api import export, prepare
-from fissile.export.verify import verify
 from fissile.kernels import layout
 from fissile.models.source import CheckpointSource, load_source
 
@@ -64,26 +64,36 @@ def test_a_budget_is_met_and_served(
 
 
 def test_experts_of_a_routed_model_get_widths_of_their_own(
-    tiny_model: Path, text_file: Path, tmp_path: Path, run_cli: Cli
+    tiny_model: Path,
+    text_file: Path,
+    tmp_path: Path,
+    run_cli: Cli,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     routed = write(convert(tiny_model, "pregate", 2, shares=(2,)), tmp_path / "routed")
+    tensors = load_file(routed / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("experts.down_proj"):
+            tensor[1] *= 4  # an expert that others are less important than
+    save_file(tensors, routed / "model.safetensors", metadata={"format": "pt"})
     flags = ["--tokens", "512", "--effort", "fast", "--data", text_file, "--group-size", "32"]
     out = tmp_path / "mixed"
     code, _, err = run_cli("quantize", routed, "--out", out, *flags, "--budget", "3.4bpw")
     assert code == 0, err
     nested = models.load_config(out).nested
     assert nested is not None
-    lists = {name for name, widths in nested["mixed"].items() if isinstance(widths, list)}
+    lists = {name: own for name, own in nested["mixed"].items() if isinstance(own, list)}
     assert lists
-    assert all(name.partition(".mlp.experts.")[2] for name in lists)
+    for name, widths in lists.items():
+        assert ".mlp.experts." in name
+        assert widths[1] == max(widths) > min(widths)
     ids = torch.arange(5, 60)[None]
     with torch.no_grad():
         served = models.load(out)(ids).logits
         want = load_source(CheckpointSource(out))(ids).logits
     torch.testing.assert_close(served, want, rtol=0, atol=1e-4)
-    checks = {check.name: check.ok for check in verify(out)}
-    assert checks["logits without fissile at the plan's widths"]
-    assert all(checks.values()), checks
+    # The command fails where a check does.
+    assert "logits without fissile at the plan's widths" in caplog.text
 
 
 def gguf_tensors(folder: Path) -> dict[str, tuple[str, Any]]:
