@@ -128,8 +128,16 @@ def solved(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Solved
     store = UnitStore(tmp_path_factory.mktemp("units"))
     settings = Quantize(effort="fast", budget="3bpw", widths=WIDTHS)
     solver = nested_solver(settings, 0)
-    model, sizes = StreamedModel(source), {"group_size": 32, "batch_tokens": 256}
-    for _ in quantize_model(model, ids_NS, solver, attention=True, store=store, **sizes):
+    work = quantize_model(
+        StreamedModel(source),
+        ids_NS,
+        solver,
+        group_size=32,
+        attention=True,
+        batch_tokens=256,
+        store=store,
+    )
+    for _ in work:
         pass
     return Solved(source, store)
 
