@@ -90,11 +90,12 @@ def sensitivity(
             for group in stacks:
                 state = {name.removeprefix(EXPERTS): decode(name, bits) for name in group}
                 table_EW[:, w] += _expert_errors(reference, state, inputs, size_BS.flatten())
-    streams.workers.sum_([table_KW, table_EW])
+    table = torch.cat([table_KW, table_EW])
+    streams.workers.sum_([table])
     found: dict[str, dict[int, float]] = {}
     names = [group[0] for group in plain]
     names += [expert_name(group[0], e) for group in stacks for e in range(experts)]
-    for name, row in zip(names, torch.cat([table_KW, table_EW]).tolist(), strict=True):
+    for name, row in zip(names, table.tolist(), strict=True):
         found[name] = {k: sum_ / (count * tokens) for k, sum_ in zip(widths, row, strict=True)}
     return found
 

@@ -19,6 +19,7 @@ from fissile.config import Quantize
 from fissile.io.units import UnitStore
 from fissile.models.build import empty_model
 from fissile.models.nested_fissile import NestedTensor
+from fissile.models.routers_fissile import Route
 from fissile.models.source import filled
 from fissile.models.stacks_fissile import NestedStack
 from fissile.models.stream import StreamedModel
@@ -50,6 +51,18 @@ def post_norm_model(folder: Path) -> Path:
     return folder
 
 
+class Weighted(Streams):
+    """Streams whose experts count for more and less, where they are chosen before the layers."""
+
+    def first(self, count: int, layer_idx: int) -> Iterator[tuple[Tensor, Route | None]]:
+        for x_BSD, route in super().first(count, layer_idx):
+            if route is not None:
+                index, weights = route
+                spread = torch.linspace(0.3, 1.7, weights.numel()).view_as(weights)
+                route = index, weights * spread
+            yield x_BSD, route
+
+
 @torch.no_grad()
 def share(reference: nn.Module, state: dict[str, Tensor], inputs: tuple[Any, ...]) -> Tensor:
     """Relative squared error of the block's output with other weights, by token."""
@@ -66,7 +79,7 @@ def test_an_experts_error_is_the_blocks(kind: str, demo_model: Path, tmp_path: P
     model = StreamedModel(convert(dense, routing, 2, shares=(2,)))
     generator = torch.Generator().manual_seed(1)
     ids_NS = torch.randint(3, model.config.vocab_size, (3, 24), generator=generator)
-    streams = Streams(model, ids_NS, (2,), 48, floats=True)
+    streams = Weighted(model, ids_NS, (2,), 48, floats=True)
     reference, layer = model.layer(0), 0
     own = dict(reference.named_parameters())
 
@@ -164,7 +177,8 @@ def test_plans_of_experts_are_optimal_and_nested(solved: Solved) -> None:
             assert all(old <= new for old, new in zip(widths, plan[name], strict=True)), name
         for i in range(layers):
             prefix = f"model.layers.{i}.mlp.experts"
-            assert plan[f"{prefix}.gate_up_proj"] == plan[f"{prefix}.down_proj"]
+            own = [found.bits[expert_name(f"{prefix}.down_proj", e)] for e in range(EXPERTS)]
+            assert plan[f"{prefix}.gate_up_proj"] == plan[f"{prefix}.down_proj"] == own
             split += len(set(plan[f"{prefix}.down_proj"])) > 1
         before = plan
     assert split > 1
