@@ -24,6 +24,7 @@ from fissile.eval.result import (
 from fissile.eval.routing import check_routers
 from fissile.eval.tasks import TASKS, Settings
 from fissile.eval.tokens import load_tokenizer, tokenizer_sha256
+from fissile.families.artifact import plan_summary
 from fissile.registry import suggest
 
 _DTYPE = "float32"
@@ -85,6 +86,8 @@ def evaluate(
     seconds = time.perf_counter() - began
     conditions = {"task_version": TASK_VERSIONS[task], **found.details, **conditions, **machine()}
     served = bits if bits is not None else default_bits(config)
+    if served is None and (plan := plan_summary(config)) is not None:
+        conditions["plan"] = plan
     return Result(task, served, found, seconds, conditions)
 
 
@@ -208,9 +211,14 @@ def _load_stock(folder: Path) -> Any:
 
 
 def default_bits(config: dict[str, Any]) -> int | None:
-    """The width an artifact is served at unless another is asked for; None with float weights."""
-    widths = (config.get("nested") or {}).get("widths")
-    return (config.get("bits") or widths[-1]) if widths else None
+    """The width an artifact is served at unless another is asked for.
+
+    None with float weights, or where a plan gives weights and experts widths of their own.
+    """
+    nested = config.get("nested") or {}
+    if not nested or (config.get("bits") is None and nested.get("mixed")):
+        return None
+    return int(config.get("bits") or nested["widths"][-1])
 
 
 def _line(err: BaseException) -> str:

@@ -211,6 +211,33 @@ def dequantize(parts: Mapping[str, Tensor], bits: int, companding: float = 1.0) 
     return affine(values(unpack(parts, bits), bits, companding), *theta)
 
 
+def dequantize_stack(
+    parts: Mapping[str, Tensor], bits_E: Sequence[int], companding: float = 1.0
+) -> Tensor:
+    """Weights of a stack whose experts have widths of their own: float32 (E, N, K).
+
+    Args:
+        parts: what `stack_names` lists for `bits_E`, of all experts.
+        bits_E: width of every expert.
+        companding: of this weight, see `COMPANDED`.
+
+    Raises:
+        ValueError: a part is missing, or a width is not stored.
+    """
+    quarter = parts["plane_2"]
+    found = torch.empty(*quarter.shape[:-1], 4 * quarter.shape[-1], device=quarter.device)
+    for bits, experts in experts_by_width(bits_E).items():
+        own = {name: parts[name][experts] for name in segment_names(bits) if name in parts}
+        found[experts] = dequantize(own, bits, companding)
+    return found
+
+
+def experts_by_width(bits_E: Sequence[int]) -> dict[int, list[int]]:
+    """Width to the experts that have it, both in ascending order."""
+    widths = sorted(set(bits_E))
+    return {bits: [e for e, own in enumerate(bits_E) if own == bits] for bits in widths}
+
+
 def segment_names(bits: int, widths: Sequence[int] = WIDTHS) -> tuple[str, ...]:
     """Suffixes of the tensors that a `bits`-wide load needs, in file order.
 
@@ -235,6 +262,12 @@ def stored_names(widths: Sequence[int] = NESTED) -> tuple[str, ...]:
         if width in widths:
             names.append(f"theta_{width}")
     return tuple(names)
+
+
+def stack_names(bits_E: Sequence[int], widths: Sequence[int] = WIDTHS) -> tuple[str, ...]:
+    """Suffixes of the tensors that experts of these widths need, in file order."""
+    needed = {name for bits in set(bits_E) for name in segment_names(bits, widths)}
+    return tuple(name for name in stored_names(widths) if name in needed)
 
 
 def part_shape(name: str, shape: Sequence[int], group_size: int) -> tuple[int, ...]:

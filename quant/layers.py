@@ -44,8 +44,8 @@ class QuantizedLayer:
         events: ledger rows: kind, module, detail, value.
         block: relative error of the block on held-out windows by width, before and after each
             round of training; empty without a block stage.
-        sensitivity: first of the weights that share an input to width to the block's relative error
-            with these alone quantized; empty unless the solver asks for it.
+        sensitivity: first of the weights that share a width, or one expert of them, to width to the
+            block's relative error with these alone quantized; empty unless the solver asks for it.
     """
 
     parts: dict[str, Tensor] = field(default_factory=dict)

@@ -57,6 +57,7 @@ SHIPPED = {
     "fissile.models.modules_fissile",
     "fissile.models.nested_fissile",
     "fissile.models.routers_fissile",
+    "fissile.models.stacks_fissile",
 }
 LEAN = (
     "fissile",

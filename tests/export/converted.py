@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,6 +144,29 @@ def write(
         card=lambda _folder: "card",
     )
     return out
+
+
+def with_plan(folder: Path, artifact: Path, mixed: dict[str, Any]) -> Path:
+    """A copy of a nested artifact whose weights have widths of their own."""
+    shutil.copytree(artifact, folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["nested"]["mixed"], config["bits"] = mixed, None
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def plan_of(
+    artifact: Path, experts: Callable[[int], int | list[int]], attention: int = 4, shared: int = 3
+) -> dict[str, Any]:
+    """Widths of all nested weights of an artifact; `experts` of those in a layer's stacks."""
+    mixed: dict[str, Any] = {}
+    config = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
+    for name in config["nested"]["modules"]:
+        mixed[name] = attention if "self_attn" in name else shared
+        if ".experts." in name:
+            mixed[name] = experts(int(name.split(".")[2]))
+    return mixed
 
 
 def tensor_of(model: ConvertedSource, name: str) -> Tensor:

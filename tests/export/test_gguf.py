@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.export.converted import convert, write
+from tests.export.converted import convert, plan_of, with_plan, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fissile.errors import UnsupportedModel
@@ -94,6 +94,20 @@ def test_q4_1_decodes_to_our_weights_bit_for_bit(
         assert (weight == floats[name]).all(), name
     assert len(np.unique(codes["blk.1.ffn_down_exps.weight"][0, 0, :32])) > 2
     assert cost["bytes"] < 0.5 * sum(w.nbytes for w in floats.values())
+
+
+def test_q4_1_holds_experts_of_several_widths(tiny_model: Path, tmp_path: Path) -> None:
+    plain = write(convert(tiny_model, "pregate", 1), tmp_path / "plain", group=32, widths=(2, 3, 4))
+    mixed = plan_of(plain, lambda layer: [[4, 2, 3, 2], [2, 3, 2, 2]][layer])
+    artifact = with_plan(tmp_path / "planned", plain, mixed)
+    export(prepare(artifact, "gguf"), tmp_path / "codes", codes=True)
+    export(prepare(artifact, "gguf"), tmp_path / "floats")
+    _, codes = read(tmp_path / "codes")
+    _, floats = read(tmp_path / "floats")
+    found = kinds(tmp_path / "codes")
+    assert found["blk.1.ffn_down_exps.weight"] == "Q4_1"
+    for name, weight in codes.items():
+        assert (weight == floats[name]).all(), name
 
 
 def test_bfloat16_rounds_matrices_only(tiny_model: Path, tmp_path: Path) -> None:

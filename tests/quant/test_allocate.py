@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.optimize import Bounds, LinearConstraint, milp
+from tests.quant.exact import least_loss
 
 from fissile.errors import UsageError
 from fissile.quant.allocate import Choice, allocate, budget_bytes, hull
@@ -23,26 +23,6 @@ def table(weights: int, seed: int, *, convex: bool) -> dict[str, list[Choice]]:
     return found
 
 
-def exact(choices: dict[str, list[Choice]], budget: int) -> float:
-    """Least loss over all allocations within the budget."""
-    flat = [choice for own in choices.values() for choice in own]
-    rows = np.repeat(np.eye(len(choices)), len(WIDTHS), axis=1)
-    limits = [
-        LinearConstraint(rows, 1, 1),
-        LinearConstraint([[choice.bytes for choice in flat]], 0, budget),
-    ]
-    losses = np.array([choice.loss for choice in flat])
-    found = milp(
-        losses / losses.max(),
-        constraints=limits,
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0},
-    )
-    assert found.success
-    return float(losses @ np.round(found.x))
-
-
 @pytest.mark.parametrize("convex", [True, False])
 @pytest.mark.parametrize("seed", range(4))
 def test_greedy_is_exact_up_to_one_step(seed: int, convex: bool) -> None:
@@ -56,7 +36,7 @@ def test_greedy_is_exact_up_to_one_step(seed: int, convex: bool) -> None:
         taken = [by[name][bits] for name, bits in found.bits.items()]
         assert found.bytes == sum(c.bytes for c in taken)
         assert found.loss == pytest.approx(sum(c.loss for c in taken))
-        best = exact(choices, budget)
+        best = least_loss(choices, budget)
         assert found.loss >= best - 1e-12
         # What is left of the budget is less than one step: with as much more, it is at least the
         # integer optimum.
@@ -69,7 +49,7 @@ def test_at_its_own_bytes_a_plan_is_optimal() -> None:
     least = sum(min(c.bytes for c in own) for own in choices.values())
     for budget in range(least, 4 * least, least // 3):
         found = allocate(choices, budget)
-        assert found.loss == pytest.approx(exact(choices, found.bytes), rel=1e-9)
+        assert found.loss == pytest.approx(least_loss(choices, found.bytes), rel=1e-9)
 
 
 def test_larger_budgets_only_add() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tests.export.converted import convert, write
 
 from fissile import models
 from fissile.export.api import export, prepare
@@ -59,6 +61,39 @@ def test_a_budget_is_met_and_served(
     assert sum(kind == "Q4_1" for kind, _ in packed.values()) == 2 * 7
     for name, (_, weight) in packed.items():
         assert (weight == floats[name][1]).all(), name
+
+
+def test_experts_of_a_routed_model_get_widths_of_their_own(
+    tiny_model: Path,
+    text_file: Path,
+    tmp_path: Path,
+    run_cli: Cli,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    routed = write(convert(tiny_model, "pregate", 2, shares=(2,)), tmp_path / "routed")
+    tensors = load_file(routed / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("experts.down_proj"):
+            tensor[1] *= 4  # an expert that others are less important than
+    save_file(tensors, routed / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--tokens", "512", "--effort", "fast", "--data", text_file, "--group-size", "32"]
+    out = tmp_path / "mixed"
+    code, _, err = run_cli("quantize", routed, "--out", out, *flags, "--budget", "3.4bpw")
+    assert code == 0, err
+    nested = models.load_config(out).nested
+    assert nested is not None
+    lists = {name: own for name, own in nested["mixed"].items() if isinstance(own, list)}
+    assert lists
+    for name, widths in lists.items():
+        assert ".mlp.experts." in name
+        assert widths[1] == max(widths) > min(widths)
+    ids = torch.arange(5, 60)[None]
+    with torch.no_grad():
+        served = models.load(out)(ids).logits
+        want = load_source(CheckpointSource(out))(ids).logits
+    torch.testing.assert_close(served, want, rtol=0, atol=1e-4)
+    # The command fails where a check does.
+    assert "logits without fissile at the plan's widths" in caplog.text
 
 
 def gguf_tensors(folder: Path) -> dict[str, tuple[str, Any]]:

@@ -6,15 +6,17 @@ import os
 import random
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.export.converted import convert, write
+from tests.export.converted import convert, plan_of, with_plan, write
 from tests.serve.resident import half, resident_answer
 
+from fissile.errors import UsageError
 from fissile.io.headers import open_checkpoint_headers
 from fissile.kernels.layout import dequantize, segment_names
 from fissile.serve.generate import open_store, serving
@@ -45,6 +47,51 @@ def test_answers_are_those_of_the_resident_model_bit_for_bit(
         assert found.tokens[0] == tokens
         assert torch.equal(torch.stack(seen), logits_SV)
         assert found.stats.evictions > 0
+
+
+def test_experts_with_widths_of_their_own(
+    served: Path, prompt: tuple[int, ...], play: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Bit for bit the resident model; what is read is what the plan names."""
+    rng = random.Random(0)
+    plans = [[rng.choice((2, 2, 3, 4)) for _ in range(12)] for _ in range(6)]
+    plans[2] = [3] * 12
+    mixed = plan_of(served, lambda layer: 3 if layer == 2 else plans[layer])
+    folder = with_plan(tmp_path / "planned", served, mixed)
+    tokens, logits_SV = resident_answer(folder, None, prompt, 12)
+    seen: list[torch.Tensor] = []
+
+    def pick(_: int, logits_V: torch.Tensor) -> int:
+        seen.append(logits_V)
+        return int(logits_V.argmax())
+
+    options = ServeOptions()
+    with closing(open_store(folder, options)) as store:
+        files, least = store.files, store.files.expert_bytes(4)
+        served_bytes = sum(
+            files.size((layer, expert, plane))
+            for layer, bits_E in enumerate(plans)
+            for expert, bits in enumerate(bits_E)
+            for plane in range((2, 3, 4).index(bits) + 1)
+        )
+        assert store.stats().budget_bytes == served_bytes < files.total_bytes()
+    found = play(folder, [Request(0, prompt, 12)], options, pick)
+    assert found.tokens[0] == tokens
+    assert torch.equal(torch.stack(seen), logits_SV)
+    assert found.stats.bytes_read <= served_bytes
+    tight = play(folder, [Request(0, prompt, 12)], replace(options, memory=3 * least))
+    assert tight.tokens[0] == tokens
+    assert tight.stats.evictions > 0
+    for bits in (2, 4):
+        assert play(folder, [Request(0, prompt, 4)], ServeOptions(bits=bits)).tokens[0]
+
+
+def test_an_expert_of_two_widths_is_not_read_whole(served: Path, tmp_path: Path) -> None:
+    mixed = plan_of(served, lambda _: 3)
+    mixed["model.layers.1.mlp.experts.down_proj"] = 2
+    folder = with_plan(tmp_path / "planned", served, mixed)
+    with pytest.raises(UsageError, match=r"experts of layer 1 .* give bits or a budget"):
+        open_store(folder, ServeOptions())
 
 
 def test_memory_order_and_policy_change_no_token_of_many_requests(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tests.export.converted import convert, write
+from tests.export.converted import convert, plan_of, with_plan, write
 from torch import Tensor
 
 from fissile import models
@@ -37,6 +37,13 @@ def nested(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("plugin") / "nested"
     model = convert(tiny_model, "pregate", 2, shares=(2,))
     return write(model, out, group=32, widths=(2, 3, 4))
+
+
+@pytest.fixture(scope="module")
+def planned(nested: Path) -> Path:
+    """The same with a width for every expert."""
+    mixed = plan_of(nested, lambda layer: [[4, 2, 3, 2], [2, 4, 4, 2]][layer])
+    return with_plan(nested.with_name("planned"), nested, mixed)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +107,7 @@ class Served(NamedTuple):
     bytes_read: int
 
 
-def served_model(path: Path, processes: Processes, rank: int, bits: int) -> Served:
+def served_model(path: Path, processes: Processes, rank: int, bits: int | None) -> Served:
     config = models.load_config(path)
     config.bits = bits
     model = empty_model(config)
@@ -117,10 +124,15 @@ def served_model(path: Path, processes: Processes, rank: int, bits: int) -> Serv
         return Served(model, group.layers, shards, reader.bytes_read)
 
 
-@pytest.mark.parametrize(("size", "bits"), [(1, 2), (2, 3)])
+@pytest.mark.parametrize(("size", "bits"), [(1, 2), (2, 3), (1, None), (2, None)])
 def test_processes_together_compute_the_model(
-    size: int, bits: int, nested: Path, monkeypatch: pytest.MonkeyPatch
+    size: int,
+    bits: int | None,
+    nested: Path,
+    planned: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    nested = planned if bits is None else nested
     ids = probe_ids(8192)
     with torch.no_grad():
         expected = models.load(nested, bits=bits)(input_ids=ids).logits
@@ -194,6 +206,19 @@ def test_only_the_served_width_is_read_and_held(size: int, bits: int, demo_neste
     buffers = [b for s in served.shards for b in s.buffers() if b is not None]
     held = sum({b.data_ptr(): b.untyped_storage().nbytes() for b in buffers}.values())
     assert packed / size <= held <= 1.15 * packed / size
+
+
+def test_of_a_plan_only_every_experts_own_width_is_read(planned: Path) -> None:
+    served = served_model(planned, Processes(1), 0, None)
+    infos = open_checkpoint_headers(planned).tensors
+    packed = 0
+    for shard in served.shards:
+        for part in shard.segments:
+            info = infos[f"{shard.name}.{part}"][1]
+            share = 1 if shard.experts is None else len(shard.experts) / info.shape[0]
+            packed += int(info.nbytes * share)
+    assert served.bytes_read == packed
+    assert sum(shard.experts is not None for shard in served.shards) == 2 * (3 + 2)
 
 
 @pytest.mark.parametrize(

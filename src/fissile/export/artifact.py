@@ -29,6 +29,7 @@ CODE_FILES = (
     PACKAGE / "models" / "modules_fissile.py",
     PACKAGE / "models" / "nested_fissile.py",
     PACKAGE / "models" / "routers_fissile.py",
+    PACKAGE / "models" / "stacks_fissile.py",
     PACKAGE / "models" / "modeling_fissile.py",
     PACKAGE / "kernels" / "columns.py",
     PACKAGE / "kernels" / "layout.py",

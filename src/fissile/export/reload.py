@@ -2,7 +2,7 @@
 
 Usage: python reload.py FOLDER REQUEST.safetensors ANSWER.safetensors WIDTH[,WIDTH...]
 REQUEST holds int64 `ids` (B, S); the answer holds float32 `logits_<width>` (B, S, V), width 0 for
-float weights.
+float weights, or for those that a plan gives each weight.
 """
 
 from __future__ import annotations

@@ -159,19 +159,21 @@ def _served(headers: CheckpointHeaders) -> Sequence[int | None]:
 
 
 def _reload(path: Path, headers: CheckpointHeaders) -> Iterator[Check]:
-    widths = _widths(headers)
-    ids = probe_ids(headers.config["vocab_size"])
+    ids, widths = probe_ids(headers.config["vocab_size"]), _widths(headers)
+    planned = bool((headers.config.get("nested") or {}).get("mixed"))
+    # Zero asks for no width: floats, or the width that a plan gives each weight.
+    loads = [*widths, *([0] if planned or not widths else [])]
     try:
-        strange = fresh_logits(path, ids, widths or [0])
+        strange = fresh_logits(path, ids, loads)
     except UnsupportedModel as err:
         yield Check("loads without fissile", False, str(err))
         return
-    for width in widths or [0]:
+    for width in loads:
         model = models.load(path, bits=width or None)
         with torch.no_grad():
             own = model(input_ids=ids).logits
         gap = float((own - strange[f"logits_{width}"]).abs().max())
-        label = f" at {width} bits" if width else ""
+        label = f" at {width} bits" if width else " at the plan's widths" if planned else ""
         yield Check(
             f"logits without fissile{label}",
             torch.equal(own, strange[f"logits_{width}"]),

@@ -17,7 +17,7 @@ from torch import Tensor
 from fissile.export.hosts import Host, Known
 from fissile.export.lowering import CODE_GAIN, CODE_SCALE, Measured
 from fissile.io.reader import TensorReader
-from fissile.kernels.layout import NESTED, decode_theta, unpack
+from fissile.kernels.layout import NESTED, decode_theta, stack_names, unpack
 from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.source import LAYER, CheckpointSource
 from fissile.models.stream import StreamedModel
@@ -84,30 +84,46 @@ class Weights:
 
     def is_coded(self, name: str) -> bool:
         """Whether a tensor is an affine image of codes 0..15 in groups that 32 divides."""
-        nested, bits = self.source.nested, self.source.width_of(name)
-        if nested is None or bits not in NESTED or name not in nested["modules"]:
+        nested = self.source.nested
+        if nested is None or name not in nested["modules"]:
             return False
+        widths = set(self._widths(name))
         group = nested.get("groups", {}).get(name, nested["group_size"])
-        plain = bits == 2 or nested.get("companding", {}).get(name, 1.0) == 1.0
-        return group % BLOCK == 0 and plain
+        plain = widths == {2} or nested.get("companding", {}).get(name, 1.0) == 1.0
+        return group % BLOCK == 0 and plain and widths <= set(NESTED)
 
     def coded(self, name: str) -> Coded:
         """Codes of a tensor for which `is_coded` holds, one scale and zero per 32 inputs."""
         if name not in self._coded:
-            bits = self.source.width_of(name)
-            assert bits is not None
-            suffixes = (*(f"plane_{k}" for k in NESTED if k <= bits), f"theta_{bits}")
-            parts = {suffix: self._reader.load(f"{name}.{suffix}") for suffix in suffixes}
-            scale, zero = decode_theta(parts[f"theta_{bits}"])
-            codes = unpack(parts, bits)
-            repeats = codes.shape[-1] // scale.shape[-1] // BLOCK
+            widths = self._widths(name)
+            needed = stack_names(widths)
+            parts = {suffix: self._reader.load(f"{name}.{suffix}") for suffix in needed}
+            if len(widths) == 1:
+                coded = _coded(parts, widths[0])
+            else:
+                # Experts have widths of their own; a code of fewer bits is a smaller number.
+                own = [
+                    _coded({suffix: part[e] for suffix, part in parts.items()}, bits)
+                    for e, bits in enumerate(widths)
+                ]
+                coded = Coded(*(torch.stack(tensors) for tensors in zip(*own, strict=True)))
             self._coded.clear()
-            self._coded[name] = Coded(
-                codes,
-                scale.repeat_interleave(repeats, dim=-1),
-                zero.repeat_interleave(repeats, dim=-1),
-            )
+            self._coded[name] = coded
         return self._coded[name]
+
+    def _widths(self, name: str) -> list[int]:
+        """Width of a nested weight, or those of a stack's experts."""
+        bits = self.source.width_of(name)
+        assert bits is not None
+        return [bits] if isinstance(bits, int) else bits
+
+
+def _coded(parts: dict[str, Tensor], bits: int) -> Coded:
+    scale, zero = decode_theta(parts[f"theta_{bits}"])
+    codes = unpack(parts, bits)
+    repeats = codes.shape[-1] // scale.shape[-1] // BLOCK
+    scale, zero = (theta.repeat_interleave(repeats, dim=-1) for theta in (scale, zero))
+    return Coded(codes, scale, zero)
 
 
 def open_weights(folder: Path, bits: int | None = None) -> Weights:

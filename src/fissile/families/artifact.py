@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -173,13 +174,49 @@ def artifact_tensors(family: Family, config: Mapping[str, Any]) -> Iterator[tupl
     with _well_formed("nested"):
         nested = config.get("nested") or {}
         modules, groups = set(nested.get("modules", ())), nested.get("groups", {})
+        mixed = nested.get("mixed", {})
         for name, shape in float_shapes(family, config):
             if name not in modules:
                 yield name, (None, shape)
                 continue
             group = groups.get(name, nested["group_size"])
+            _check_widths(name, mixed.get(name, nested["widths"][0]), nested["widths"], shape)
             for part, expected in nested_parts(shape, tuple(nested["widths"]), group).items():
                 yield f"{name}.{part}", expected
+
+
+def _check_widths(name: str, found: object, stored: list[int], shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a plan gives a weight a stored width, or each expert of a stack."""
+    widths = found if isinstance(found, list) else [found]
+    if widths is found and (len(shape) != 3 or len(widths) != shape[0]):
+        raise ValueError(f"mixed of {name}: {len(widths)} widths, the shape is {shape}")
+    if any(width not in stored for width in widths):
+        raise ValueError(f"mixed of {name}: {found}, stored are {stored}")
+
+
+def plan_summary(config: Mapping[str, Any]) -> dict[str, str] | None:
+    """How many weights and experts of an artifact a plan gives which width; None without a plan.
+
+    Args:
+        config: contents of config.json.
+
+    Returns:
+        "weights", and "experts" where those of some stack differ, to text such as "2b 14, 3b 9".
+        An expert counts once, with its down projection.
+    """
+    mixed = (config.get("nested") or {}).get("mixed")
+    if not mixed or config.get("bits") is not None:
+        return None
+    weights = [widths for widths in mixed.values() if isinstance(widths, int)]
+    downs = [
+        own for name, own in mixed.items() if isinstance(own, list) and name.endswith("down_proj")
+    ]
+    found = {"weights": weights, "experts": [width for own in downs for width in own]}
+    return {
+        what: ", ".join(f"{k}b {n}" for k, n in sorted(Counter(widths).items()))
+        for what, widths in found.items()
+        if widths
+    }
 
 
 @contextlib.contextmanager

@@ -31,8 +31,11 @@ class FissileConfig(PretrainedConfig):
             (one per layer) with `max_k` (see `routers.choose`). `router` holds `block`
             ("attention", "token", "readme"), `query_heads`, `inner_dim`, and `attention_dim` or,
             for "readme", `width`.
-        nested: None for float weights, else `layout`, `widths`, `group_size`, `modules`.
-        bits: width that is served, one of `nested["widths"]`; None with float weights.
+        nested: None for float weights, else `layout`, `widths`, `group_size`, `modules`, and
+            optionally `mixed`: the width of every weight by name, of a stack one for all of its
+            experts or a list of one for each.
+        bits: width that is served, one of `nested["widths"]`; None with float weights, or where
+            `mixed` says it.
     """
 
     model_type = "fissile"
@@ -111,6 +114,21 @@ class FissileConfig(PretrainedConfig):
         if bits not in widths:
             raise ValueError(f"bits={bits}: this model serves {', '.join(map(str, widths))}")
         return bits
+
+    def widths_of(self, name: str) -> int | list[int]:
+        """Width of a nested weight, or a list: that of every expert of a stack.
+
+        Raises:
+            ValueError: a width is not one of those that were stored.
+        """
+        bits = self.check_bits()
+        assert self.nested is not None
+        assert bits is not None
+        found = bits if self.bits is not None else self.nested.get("mixed", {}).get(name, bits)
+        several = found if isinstance(found, list) else [found]
+        if not several or any(width not in self.nested["widths"] for width in several):
+            raise ValueError(f"nested.mixed of {name}: {found} are not among the stored widths")
+        return found
 
 
 def slots_of(routing: dict[str, Any]) -> int:

@@ -25,7 +25,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from fissile.kernels.layout import segment_names
+from fissile.kernels.layout import stack_names, stored_names
 from fissile.models.configuration_fissile import FissileConfig, stock_class
 from fissile.models.modules_fissile import FissileExperts, RoutedMLP, nest_linears
 from fissile.models.nested_fissile import one_step
@@ -37,6 +37,7 @@ from fissile.models.routers_fissile import (
     build_router,
     choose_layers,
 )
+from fissile.models.stacks_fissile import NestedStack
 
 
 def build_embedding(config: FissileConfig) -> nn.Embedding:
@@ -50,17 +51,21 @@ def build_embedding(config: FissileConfig) -> nn.Embedding:
 
 def unserved(config: FissileConfig) -> list[str]:
     """Patterns of the stored parts of widths that are not served; they stay on disk."""
-    nested, bits = config.nested, config.check_bits()
-    if nested is None or bits is None:
+    nested = config.nested
+    if config.check_bits() is None or nested is None:
         return []
-    stored = {suffix for k in nested["widths"] for suffix in segment_names(k, nested["widths"])}
-    mixed = {} if config.bits is not None else nested.get("mixed", {})
+    stored = set(stored_names(nested["widths"]))
+    mixed = config.bits is None and "mixed" in nested
+    owners: dict[tuple[str, ...], list[str]] = {}
+    for name in nested["modules"]:
+        widths = config.widths_of(name)
+        needed = stack_names([widths] if isinstance(widths, int) else widths, nested["widths"])
+        owners.setdefault(needed, []).append(name)
     patterns = []
-    for width in sorted({bits, *mixed.values()}):
-        left = "|".join(sorted(stored - set(segment_names(width, nested["widths"]))))
-        owners = [name for name in nested["modules"] if mixed.get(name, bits) == width]
-        owner = f"({'|'.join(map(re.escape, owners))})" if mixed else ""
-        if left and owners:
+    for needed, names in owners.items():
+        left = "|".join(sorted(stored - set(needed)))
+        owner = f"({'|'.join(map(re.escape, names))})" if mixed else ""
+        if left:
             patterns.append(rf"{owner}\.({left})$")
     return patterns
 
@@ -214,6 +219,14 @@ class FissilePreTrainedModel(PreTrainedModel):
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise ValueError(f"checkpoint and model disagree: {kind}: {names[0]}{more}")
         return (model, info) if output_loading_info else model
+
+    def get_parameter_or_buffer(self, target: str) -> Any:
+        """As in transformers; a stack of several widths has none, but answers to its parts."""
+        path, _, name = target.rpartition(".")
+        module = self.get_submodule(path)
+        if isinstance(module, NestedStack) and name in module.segments:
+            return getattr(module, name)
+        return super().get_parameter_or_buffer(target)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -10,6 +10,7 @@ E routed experts, K slots per token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from fissile.models.nested_fissile import (
     kernels_for,
 )
 from fissile.models.routers_fissile import Route, Selector, choose
+from fissile.models.stacks_fissile import NestedStack, routes_of, stack_of, tensors_of
 
 
 def nest_linears(config: FissileConfig, module: nn.Module, prefix: str) -> None:
@@ -101,24 +103,37 @@ class NestedExperts(nn.Module):
         assert config.routing is not None
         experts, width = config.routing["num_experts"], config.hidden_size
         self.num_experts = experts
-        self.gate_up_proj = NestedTensor(
-            config, f"{prefix}.gate_up_proj", (experts, 2 * size, width)
-        )
-        self.down_proj = NestedTensor(config, f"{prefix}.down_proj", (experts, width, size))
+        self.gate_up_proj = stack_of(config, f"{prefix}.gate_up_proj", (experts, 2 * size, width))
+        self.down_proj = stack_of(config, f"{prefix}.down_proj", (experts, width, size))
+        both = [self.gate_up_proj, self.down_proj]
+        plans = {weight.bits_E for weight in both if isinstance(weight, NestedStack)}
+        if len(plans) > 1 or (plans and any(isinstance(w, NestedTensor) for w in both)):
+            raise ValueError(f"nested.mixed of {prefix}: an expert's two weights differ in width")
         self.activation = config.backbone["activation"]
         self.act_fn = ACT2FN[self.activation]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        nested = [self.gate_up_proj, self.down_proj]
+        nested = [*tensors_of(self.gate_up_proj), *tensors_of(self.down_proj)]
         kernels = kernels_for(nested, hidden_states, self.activation, top_k_weights)
         if kernels is not None:
-            gate_up = held_by_kernels(kernels, nested[:1], paired=True)
-            down = held_by_kernels(kernels, nested[1:])
-            route = top_k_index, top_k_weights
-            return kernels.experts(hidden_states, route, gate_up, down, self.activation)
-        if few_products(self.down_proj, hidden_states, top_k_index):
+            return self._compiled(kernels, hidden_states, top_k_index, top_k_weights)
+        downs = tensors_of(self.down_proj)
+        if few_products(downs, self.num_experts, hidden_states, top_k_index):
             return self._few(hidden_states, top_k_index, top_k_weights)
         return sum_experts(self._one, hidden_states, top_k_index, top_k_weights)
+
+    def _compiled(self, kernels: Any, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Every width's experts by the compiled kernels, summed."""
+        pairs = zip(tensors_of(self.gate_up_proj), tensors_of(self.down_proj), strict=True)
+        routes = routes_of(self.down_proj, index_TK, weights_TK)
+        total: Tensor | None = None
+        for (gate_up, down), route in zip(pairs, routes, strict=True):
+            wide = held_by_kernels(kernels, [gate_up], paired=True)
+            narrow = held_by_kernels(kernels, [down])
+            y_TD: Tensor = kernels.experts(x_TD, route, wide, narrow, self.activation)
+            total = y_TD if total is None else total + y_TD
+        assert total is not None
+        return total
 
     def _one(self, x: Tensor, expert: int) -> Tensor:
         gate, up = self.gate_up_proj.product(x, expert).chunk(2, dim=-1)

@@ -77,15 +77,23 @@ class NestedTensor(nn.Module):
     """One weight (N, K) or a stack (E, N, K), held as buffers.
 
     engine: serving engines re-allocate parameters in the model's dtype, so packed data are buffers.
+
+    Args:
+        config: of the model.
+        name: of the weight, in the checkpoint.
+        shape: of what is held.
+        bits: the width; default the configuration's.
     """
 
-    def __init__(self, config: FissileConfig, name: str, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, config: FissileConfig, name: str, shape: tuple[int, ...], bits: int | None = None
+    ) -> None:
         super().__init__()
-        nested, bits = config.nested, config.check_bits()
+        nested, widths = config.nested, config.widths_of(name) if bits is None else bits
         assert nested is not None
-        assert bits is not None
-        if config.bits is None:
-            bits = nested.get("mixed", {}).get(name, bits)
+        if isinstance(widths, list):
+            raise ValueError(f"nested.mixed of {name}: a width for each expert of what is no stack")
+        bits = widths
         self.group_size = nested.get("groups", {}).get(name, nested["group_size"])
         self.bits, self.shape = bits, shape
         self.companding = nested.get("companding", {}).get(name, 1.0)
@@ -263,10 +271,12 @@ def kernels_for(
     return kernels if activation in kernels.ACTIVATIONS else None
 
 
-def few_products(weight: NestedTensor, x_TD: Tensor, index_TK: Tensor) -> bool:
+def few_products(
+    weights: Sequence[NestedTensor], experts: int, x_TD: Tensor, index_TK: Tensor
+) -> bool:
     """Whether a step has so few tokens that its experts are best multiplied all at once."""
-    few = index_TK.numel() <= FEW_ROWS * weight.shape[0]
-    return few and _plain(x_TD) and weight.columns() is not None
+    few = index_TK.numel() <= FEW_ROWS * experts and _plain(x_TD)
+    return few and all(weight.columns() is not None for weight in weights)
 
 
 def held_by_kernels(kernels: Any, members: Sequence[NestedTensor], paired: bool = False) -> Any:

@@ -17,7 +17,7 @@ from fissile.families.artifact import float_shapes
 from fissile.io.headers import open_checkpoint_headers
 from fissile.io.reader import TensorReader, check_finite
 from fissile.io.units import UnitStore
-from fissile.kernels.layout import dequantize, segment_names, stored_names
+from fissile.kernels.layout import dequantize, dequantize_stack, stack_names, stored_names
 from fissile.models.build import dense_config, empty_model, rotary_of, with_nested
 from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.modeling_fissile import FissileForCausalLM
@@ -84,8 +84,11 @@ class CheckpointSource:
         """A tensor of the files as it lies there."""
         return self._reader.load(name)
 
-    def width_of(self, name: str) -> int | None:
-        """Bits that a nested weight is served at; None where weights are floats."""
+    def width_of(self, name: str) -> int | list[int] | None:
+        """Bits that a nested weight is served at, of a stack one or a list of one for each expert.
+
+        None where weights are floats.
+        """
         return self._mixed.get(name, self.bits)
 
     def parts(self, name: str) -> dict[str, Tensor]:
@@ -120,10 +123,12 @@ class CheckpointSource:
             return self._finite(name, self._reader.load(name, torch.float32))
         bits = self.width_of(name)
         assert bits is not None
-        segments = segment_names(bits, self.nested["widths"])
+        segments = stack_names([bits] if isinstance(bits, int) else bits, self.nested["widths"])
         parts = {suffix: self._reader.load(f"{name}.{suffix}") for suffix in segments}
         companding = self.nested.get("companding", {}).get(name, 1.0)
-        return self._finite(name, dequantize(parts, bits, companding))
+        if isinstance(bits, int):
+            return self._finite(name, dequantize(parts, bits, companding))
+        return self._finite(name, dequantize_stack(parts, bits, companding))
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if self._check:

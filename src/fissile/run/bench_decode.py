@@ -25,6 +25,7 @@ from fissile.eval.speed import Candidate, find_candidate, rotated, weights_bytes
 from fissile.kernels.layout import decode_theta, unpack
 from fissile.models.modules_fissile import NestedExperts, sum_experts
 from fissile.models.nested_fissile import NestedLinear, NestedTensor, paths
+from fissile.models.stacks_fissile import tensors_of
 from fissile.refactor.training import Progress
 from fissile.run.bench import Bench
 
@@ -99,7 +100,7 @@ class TorchInt4Experts(nn.Module):
     def __init__(self, experts: NestedExperts, dtype: torch.dtype) -> None:
         super().__init__()
         self.act_fn, count = experts.act_fn, experts.num_experts
-        stacks = experts.gate_up_proj, experts.down_proj
+        stacks = [*tensors_of(experts.gate_up_proj), *tensors_of(experts.down_proj)]
         self.gate_up, self.down = (
             nn.ModuleList(TorchInt4(stack, dtype, expert) for expert in range(count))
             for stack in stacks

@@ -16,6 +16,7 @@ import yaml
 
 from fissile import __version__
 from fissile.errors import CorruptCheckpoint
+from fissile.families.artifact import plan_summary
 from fissile.run.ledger import Ledger
 from fissile.run.metrics import finite
 
@@ -102,11 +103,14 @@ def _description(config: dict[str, Any], folder: Path) -> Iterator[str]:
             rows.append(("experts", f"{number} of {_span(experts)} neurons, {chosen} per token"))
     if nested is not None:
         widths = ", ".join(map(str, nested["widths"]))
+        default = f"default {config.get('bits')} bits"
+        if (plan := plan_summary(config)) is not None:
+            default = "by default " + "; ".join(f"{what} {text}" for what, text in plan.items())
         rows.append(
             (
                 "weights",
                 f"one integer code serves {widths} bits, groups of"
-                f" {nested['group_size']}; default {config.get('bits')} bits",
+                f" {nested['group_size']}; {default}",
             )
         )
     lines = ["| | |", "|---|---|", *(f"| {_cell(k)} | {_cell(v)} |" for k, v in rows)]

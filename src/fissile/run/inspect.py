@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fissile import families
-from fissile.families.artifact import PLANE_BITS, float_shapes
+from fissile.families.artifact import PLANE_BITS, float_shapes, plan_summary
 from fissile.families.base import Family
 from fissile.families.table import ARTIFACT_TYPE
 from fissile.io.headers import CheckpointHeaders, checkpoint_folder, open_checkpoint_headers
@@ -103,7 +103,10 @@ def _artifact(headers: CheckpointHeaders, family: Family) -> dict[str, Any]:
         found["routing"] = _routing(routing, families.dims_of(family, config).ffn)
     if nested := config.get("nested"):
         found["widths"] = list(nested["widths"])
-        found["default_bits"] = config.get("bits") or max(nested["widths"])
+        if (plan := plan_summary(config)) is not None:
+            found["plan"] = plan
+        else:
+            found["default_bits"] = config.get("bits") or max(nested["widths"])
         found["group_size"] = nested["group_size"]
         found["nested_tensors"] = len(nested["modules"])
         found["by_width"] = _by_width(headers, nested, _nested_weights(headers, family))

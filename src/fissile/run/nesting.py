@@ -17,13 +17,13 @@ from fissile.models.build import with_nested
 from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.source import MemorySource
 from fissile.models.stream import StateSource
-from fissile.quant.allocate import Allocation, Choice, allocate, budget_bytes
+from fissile.quant.allocate import Choice, allocate, budget_bytes
 from fissile.quant.baselines import gptaq, gptq, rtn
 from fissile.quant.decouple import choose_companding, probed_rows, solve
 from fissile.quant.decoupleq import decoupleq
 from fissile.quant.layers import QuantizedLayer, final_layer
 from fissile.quant.nested import NestedWeight
-from fissile.quant.sensitivity import choices, sharing
+from fissile.quant.sensitivity import choices, expert_name, sharing
 from fissile.quant.solvers import Evidence, Solver, by_width, float_targets
 from fissile.run.context import RunContext
 
@@ -127,8 +127,49 @@ def baseline_solver(kind: Baseline, bits: int, settings: Quantize, seed: int) ->
     return Solver((bits,), kind == "gptaq", run)
 
 
-def mixed_widths(config: FissileConfig, store: UnitStore, settings: Quantize) -> Allocation | None:
+def width_choices(
+    config: FissileConfig, store: UnitStore
+) -> tuple[dict[str, list[Choice]], dict[str, list[str]], int]:
+    """What every weight costs at every width, of a stack every expert by itself.
+
+    Args:
+        config: of the model.
+        store: units that `quantize_model` left.
+
+    Returns:
+        Choices by the name of the first of the weights that share a width, or by `expert_name` of
+        it; all weights that share one, by the first; and how many numbers there are.
+    """
+    table: dict[str, list[Choice]] = {}
+    members: dict[str, list[str]] = {}
+    weights = 0
+    for i in range(config.num_base_layers):
+        layer, prefix = final_layer(store, i), f"model.layers.{i}."
+        for names in sharing(list(layer.groups), config.backbone["attention"]):
+            # A plane of two bits a weight has a quarter of its inputs.
+            planes = [layer.parts[f"{name}.plane_2"].shape for name in names]
+            shapes = [(*shape[:-1], 4 * shape[-1]) for shape in planes]
+            weights += sum(prod(shape) for shape in shapes)
+            groups = [layer.groups[name] for name in names]
+            first = prefix + names[0]
+            members[first] = [prefix + name for name in names]
+            if len(shapes[0]) < 3:
+                sizes = list(zip(shapes, groups, strict=True))
+                table[first] = choices(layer.sensitivity[names[0]], sizes)
+                continue
+            sizes = [(shape[1:], group) for shape, group in zip(shapes, groups, strict=True)]
+            for e in range(shapes[0][0]):
+                errors = layer.sensitivity[expert_name(names[0], e)]
+                table[expert_name(first, e)] = choices(errors, sizes)
+    return table, members, weights
+
+
+def mixed_widths(
+    config: FissileConfig, store: UnitStore, settings: Quantize
+) -> dict[str, int | list[int]] | None:
     """Width of every weight under the recipe's budget; None without one.
+
+    A stack of experts has a list of widths, one for each, unless all are the same.
 
     Args:
         config: of the model.
@@ -140,22 +181,19 @@ def mixed_widths(config: FissileConfig, store: UnitStore, settings: Quantize) ->
     """
     if settings.budget is None:
         return None
-    table: dict[str, list[Choice]] = {}
-    members: dict[str, list[str]] = {}
-    weights = 0
-    for i in range(config.num_base_layers):
-        layer, prefix = final_layer(store, i), f"model.layers.{i}."
-        for names in sharing(list(layer.groups), config.backbone["attention"]):
-            # A plane of two bits a weight has a quarter of its inputs.
-            planes = [layer.parts[f"{name}.plane_2"].shape for name in names]
-            shapes = [(*shape[:-1], 4 * shape[-1]) for shape in planes]
-            weights += sum(prod(shape) for shape in shapes)
-            errors, group_size = layer.sensitivity[names[0]], layer.groups[names[0]]
-            table[prefix + names[0]] = choices(errors, shapes, group_size)
-            members[prefix + names[0]] = [prefix + name for name in names]
-    found = allocate(table, budget_bytes(settings.budget, weights))
-    bits = {name: found.bits[first] for first, names in members.items() for name in names}
-    return Allocation(bits, found.bytes, found.loss)
+    table, members, weights = width_choices(config, store)
+    found = allocate(table, budget_bytes(settings.budget, weights)).bits
+    return {name: _width(found, first) for first, names in members.items() for name in names}
+
+
+def _width(bits: dict[str, int], name: str) -> int | list[int]:
+    """Width of a weight, or those of a stack's experts if they differ."""
+    if name in bits:
+        return bits[name]
+    several: list[int] = []
+    while (key := expert_name(name, len(several))) in bits:
+        several.append(bits[key])
+    return several if len(set(several)) > 1 else several[0]
 
 
 def artifact_tensors_of(
@@ -170,7 +208,7 @@ def artifact_tensors_of(
     """
     config = with_nested(source.config, None, None)
     if store is not None:
-        allocation = mixed_widths(source.config, store, settings)
+        mixed = mixed_widths(source.config, store, settings)
         groups: dict[str, int] = {}
         companding: dict[str, float] = {}
         for i in range(config.num_base_layers):
@@ -186,8 +224,8 @@ def artifact_tensors_of(
         }
         if companding:
             nested["companding"] = companding
-        if allocation is not None:
-            nested["mixed"] = allocation.bits
+        if mixed is not None:
+            nested["mixed"] = mixed
         config = with_nested(source.config, nested, settings.widths[-1])
     outer = source.outer_state()
     cache: dict[int, dict[str, Tensor]] = {}

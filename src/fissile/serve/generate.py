@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,16 +14,17 @@ import torch
 from fissile.errors import ResourceError, UsageError
 from fissile.eval.tokens import encode, load_tokenizer, start_token
 from fissile.io.headers import CheckpointHeaders, open_checkpoint_headers
+from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.modeling_fissile import FissileForCausalLM
 from fissile.serve.batching import Limits, make_scheduler
 from fissile.serve.engine import Engine
 from fissile.serve.experts import attach, load_without_experts
 from fissile.serve.options import Prompt, Sampling, ServeOptions
 from fissile.serve.policies import make_policy
-from fissile.serve.reader import ExpertFiles
+from fissile.serve.reader import WEIGHTS, ExpertFiles
 from fissile.serve.requests import PassRecord, Request, Token
 from fissile.serve.store import ExpertStore
-from fissile.serve.widths import BudgetWidths, Widths
+from fissile.serve.widths import BudgetWidths, PlannedWidths, Widths
 
 Stream = Callable[[int, str, bool], None]
 """Called with (prompt, new text, whether it is the prompt's last)."""
@@ -68,17 +69,24 @@ def open_store(folder: Path, options: ServeOptions) -> ExpertStore:
     policy, device = make_policy(options.policy), _device(options.device)
     if options.budget is not None and options.bits is not None:
         raise UsageError("bits serve all experts alike, a budget does not: give one of them")
+    plan_LE = _plan(headers, nested) if options.bits is None and options.budget is None else None
     if options.budget is not None:
         if nested is None:
             raise UsageError(f"{headers.folder}: has float weights; a budget needs nested ones")
         chosen = tuple(nested["widths"])
+    elif plan_LE is not None:
+        chosen = tuple(sorted({bits for bits_E in plan_LE for bits in bits_E}))
     else:
         chosen = _width(headers, options.bits)
     files = ExpertFiles(headers, chosen, keep_pages=options.keep_pages)
     try:
+        widths: Widths
         if options.budget is not None:
             budget = options.budget.bytes_for(files)
-            widths: Widths = BudgetWidths(files, chosen, budget)
+            widths = BudgetWidths(files, chosen, budget)
+        elif plan_LE is not None:
+            widths = PlannedWidths(files, plan_LE)
+            budget = widths.total_bytes()
         else:
             budget, widths = files.total_bytes(), Widths(files, chosen[0] if chosen else None)
         memory = min(budget if options.memory is None else options.memory, files.total_bytes())
@@ -112,14 +120,34 @@ def _device(name: str) -> torch.device:
 def _width(headers: CheckpointHeaders, bits: int | None) -> tuple[int, ...]:
     """The one width of all experts; none for floats."""
     nested, stored = headers.config.get("nested"), headers.config.get("bits")
-    if bits is None and nested is not None and stored is None and nested.get("mixed"):
-        raise UsageError(
-            f"{headers.folder}: its tensors have widths of their own, which cannot be read "
-            "expert by expert; give bits or a budget"
-        )
     if bits is None and nested is not None:
         bits = stored or nested["widths"][-1]
     return () if bits is None else (bits,)
+
+
+def _plan(headers: CheckpointHeaders, nested: Mapping[str, Any] | None) -> list[list[int]] | None:
+    """Width of every expert of every layer, where the artifact gives its weights widths.
+
+    Raises:
+        UsageError: an expert's two weights differ in width, and it is read as a whole.
+    """
+    config = FissileConfig.from_dict(headers.config)
+    if nested is None or config.bits is not None or not nested.get("mixed"):
+        return None
+    found: list[list[int]] = []
+    for layer in range(config.num_base_layers):
+        names = [f"model.layers.{layer}.mlp.experts.{weight}" for weight in WEIGHTS]
+        if any(name not in nested["modules"] for name in names):
+            return None  # what cannot be read apart is said where it is read
+        widths, other = (config.widths_of(name) for name in names)
+        if widths != other:
+            raise UsageError(
+                f"{headers.folder}: experts of layer {layer} have gate and up rows of another "
+                "width than their down projections and cannot be read whole; give bits or a budget"
+            )
+        count = config.num_experts
+        found.append([widths] * count if isinstance(widths, int) else list(widths))
+    return found
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How many bits each expert is served with: the same for all, or what a budget allows.
+"""How many bits each expert is served with: the same for all, a plan's, or what a budget allows.
 
 Under a budget every expert keeps its base planes, and the experts that most tokens go to get more:
 greedy by error removed per byte, which is optimal on a convex profile. The error of a uniform
@@ -50,6 +50,36 @@ class Widths:
     def update(self) -> list[Key]:
         """A pass begins: planes that are no longer served from now on."""
         return []
+
+
+class PlannedWidths(Widths):
+    """Every expert at the width that the artifact's plan gives it.
+
+    Args:
+        files: the experts, with all of the plan's widths.
+        plan_LE: width of every expert of every layer.
+    """
+
+    def __init__(self, files: ExpertFiles, plan_LE: Sequence[Sequence[int]]) -> None:
+        super().__init__(files, max(max(bits_E) for bits_E in plan_LE))
+        self._files, self._plan = files, plan_LE
+
+    def planes(self, layer: int, expert: int) -> int:
+        """Planes that an expert is served with."""
+        return self._files.planes_of(self.bits(layer, expert))
+
+    def bits(self, layer: int, expert: int) -> int:
+        """Width that an expert is served with."""
+        return self._plan[layer][expert]
+
+    def total_bytes(self) -> int:
+        """Bytes of all planes that are served."""
+        return sum(
+            self._files.size((layer, expert, plane))
+            for layer, bits_E in enumerate(self._plan)
+            for expert in range(len(bits_E))
+            for plane in range(self.planes(layer, expert))
+        )
 
 
 class BudgetWidths(Widths):

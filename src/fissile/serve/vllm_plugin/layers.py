@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from fissile.models.modules_fissile import FissilePool, GatedMLP, NestedExperts
 from fissile.models.nested_fissile import NestedLinear, NestedTensor
+from fissile.models.stacks_fissile import NestedStack
 from fissile.serve.vllm_plugin.shards import Cut, Ranks, Shard
 
 Reduce = Callable[[Tensor], Tensor]
@@ -198,7 +200,11 @@ def _all_nested(mlp: GatedMLP) -> bool:
 def _experts(experts: NestedExperts, name: str, group: LayerGroup) -> Iterator[Shard]:
     cuts: dict[str, Cut] = {"gate_up_proj": "halves", "down_proj": "inputs"}
     for leaf, cut in cuts.items():
-        shard = Shard(getattr(experts, leaf), f"{name}.{leaf}", cut, group.ranks)
+        weight, full = getattr(experts, leaf), f"{name}.{leaf}"
+        if isinstance(weight, NestedStack):
+            yield from weight.replace(partial(Shard, name=full, cut=cut, ranks=group.ranks))
+            continue
+        shard = Shard(weight, full, cut, group.ranks)
         setattr(experts, leaf, shard)
         yield shard
     group.register(experts, ServedExperts, name, adds_up=True)

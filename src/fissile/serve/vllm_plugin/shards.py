@@ -49,13 +49,22 @@ class Shard(NestedTensor):
         name: in the checkpoint.
         cut: what is shared out.
         ranks: this process's place.
+        experts: those of the stored stack that `whole` is; None for all.
 
     Raises:
         ValueError: the weight cannot be shared out evenly.
     """
 
-    def __init__(self, whole: NestedTensor, name: str, cut: Cut, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        whole: NestedTensor,
+        name: str,
+        cut: Cut,
+        ranks: Ranks,
+        experts: list[int] | None = None,
+    ) -> None:
         nn.Module.__init__(self)
+        self.experts = experts
         self.name, self.cut, self.ranks, self.stored_shape = name, cut, ranks, whole.shape
         self.bits, self.companding = whole.bits, whole.companding
         self.segments, self.held = whole.segments, None
@@ -90,7 +99,10 @@ class Shard(NestedTensor):
         if self.cut == "rows" and len(self.stored_shape) == 2:
             begin, count = self.ranks.span(self.stored_shape[0], self.name)
             return reader.load_rows(full, begin, begin + count)
-        return self.share(reader.load(full), segment)
+        if self.experts is None:
+            return self.share(reader.load(full), segment)
+        own = [reader.load_rows(full, e, e + 1) for e in self.experts]
+        return self.share(torch.cat(own), segment)
 
     def share(self, part: Tensor, segment: str) -> Tensor:
         """This process's share of a stored part.
