@@ -78,7 +78,10 @@ def sensitivity(
 
 
 def choices(
-    errors: Mapping[int, float], shapes: Sequence[Sequence[int]], group_size: int
+    errors: Mapping[int, float],
+    shapes: Sequence[Sequence[int]],
+    group_size: int,
+    tied: bool = False,
 ) -> list[Choice]:
     """Widths of weights that share one, with their bytes.
 
@@ -86,9 +89,10 @@ def choices(
         errors: width to what it costs.
         shapes: of the weights.
         group_size: inputs that share a scale and a zero.
+        tied: whether narrower widths' floats are tied to those of the widest.
     """
-    found = []
+    found, kept = [], (tuple(errors), tied)
     for bits, error in errors.items():
-        size = sum(layout.loaded_bytes(shape, group_size, bits) for shape in shapes)
+        size = sum(layout.loaded_bytes(shape, group_size, bits, *kept) for shape in shapes)
         found.append(Choice(bits, size, error))
     return found

@@ -17,7 +17,7 @@ from torch import Tensor
 from fissile.export.hosts import Host, Known
 from fissile.export.lowering import CODE_GAIN, CODE_SCALE, Measured
 from fissile.io.reader import TensorReader
-from fissile.kernels.layout import NESTED, decode_theta, unpack
+from fissile.kernels.layout import NESTED, decode_theta, unpack, with_own_floats
 from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.source import LAYER, CheckpointSource
 from fissile.models.stream import StreamedModel
@@ -96,8 +96,7 @@ class Weights:
         if name not in self._coded:
             bits = self.source.width_of(name)
             assert bits is not None
-            suffixes = (*(f"plane_{k}" for k in NESTED if k <= bits), f"theta_{bits}")
-            parts = {suffix: self._reader.load(f"{name}.{suffix}") for suffix in suffixes}
+            parts = with_own_floats(self.source.served_parts(name, bits), bits)
             scale, zero = decode_theta(parts[f"theta_{bits}"])
             codes = unpack(parts, bits)
             repeats = codes.shape[-1] // scale.shape[-1] // BLOCK

@@ -31,7 +31,8 @@ class FissileConfig(PretrainedConfig):
             (one per layer) with `max_k` (see `routers.choose`). `router` holds `block`
             ("attention", "token", "readme"), `query_heads`, `inner_dim`, and `attention_dim` or,
             for "readme", `width`.
-        nested: None for float weights, else `layout`, `widths`, `group_size`, `modules`.
+        nested: None for float weights, else `layout`, `widths`, `group_size`, `modules`, and
+            optionally `groups`, `companding` and `mixed` by module, and `tied` (see `layout`).
         bits: width that is served, one of `nested["widths"]`; None with float weights.
     """
 

@@ -53,11 +53,12 @@ def unserved(config: FissileConfig) -> list[str]:
     nested, bits = config.nested, config.check_bits()
     if nested is None or bits is None:
         return []
-    stored = {suffix for k in nested["widths"] for suffix in segment_names(k, nested["widths"])}
+    kept = (nested["widths"], bool(nested.get("tied")))
+    stored = {suffix for k in nested["widths"] for suffix in segment_names(k, *kept)}
     mixed = {} if config.bits is not None else nested.get("mixed", {})
     patterns = []
     for width in sorted({bits, *mixed.values()}):
-        left = "|".join(sorted(stored - set(segment_names(width, nested["widths"]))))
+        left = "|".join(sorted(stored - set(segment_names(width, *kept))))
         owners = [name for name in nested["modules"] if mixed.get(name, bits) == width]
         owner = f"({'|'.join(map(re.escape, owners))})" if mixed else ""
         if left and owners:

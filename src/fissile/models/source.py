@@ -91,7 +91,14 @@ class CheckpointSource:
     def parts(self, name: str) -> dict[str, Tensor]:
         """Packed parts of a nested weight of an artifact, by suffix, those of all widths."""
         assert self.nested is not None
-        return {k: self.stored(f"{name}.{k}") for k in stored_names(self.nested["widths"])}
+        names = stored_names(self.nested["widths"], bool(self.nested.get("tied")))
+        return {suffix: self.stored(f"{name}.{suffix}") for suffix in names}
+
+    def served_parts(self, name: str, bits: int) -> dict[str, Tensor]:
+        """Packed parts of a nested weight that a `bits`-wide load needs, by suffix."""
+        assert self.nested is not None
+        names = segment_names(bits, self.nested["widths"], bool(self.nested.get("tied")))
+        return {suffix: self.stored(f"{name}.{suffix}") for suffix in names}
 
     def _float_state(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         shapes = float_shapes(self.family, self.headers.config)
@@ -120,10 +127,8 @@ class CheckpointSource:
             return self._finite(name, self._reader.load(name, torch.float32))
         bits = self.width_of(name)
         assert bits is not None
-        segments = segment_names(bits, self.nested["widths"])
-        parts = {suffix: self._reader.load(f"{name}.{suffix}") for suffix in segments}
         companding = self.nested.get("companding", {}).get(name, 1.0)
-        return self._finite(name, dequantize(parts, bits, companding))
+        return self._finite(name, dequantize(self.served_parts(name, bits), bits, companding))
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if self._check:

@@ -60,6 +60,7 @@ def nested_solver(settings: Quantize, seed: int) -> Solver:
             damp=settings.damp,
             seed=seed,
             targets=targets,
+            tied=settings.tied,
         )
 
     def table(weight: Tensor, evidence: Evidence, group: int) -> float:
@@ -101,7 +102,7 @@ def _decoupleq(settings: Quantize, bits: int, seed: int) -> Solver:
 
 def baseline_solver(kind: Baseline, bits: int, settings: Quantize, seed: int) -> Solver:
     """A solver for one width alone, to compare the nested code with."""
-    single = settings.model_copy(update={"widths": (bits,)})
+    single = settings.model_copy(update={"widths": (bits,), "tied": False})
     if kind == "dedicated":
         return nested_solver(single, seed)
     if kind == "decoupleq":
@@ -142,7 +143,7 @@ def mixed_widths(config: FissileConfig, store: UnitStore, settings: Quantize) ->
             shapes = [(*shape[:-1], 4 * shape[-1]) for shape in planes]
             weights += sum(prod(shape) for shape in shapes)
             errors, group_size = layer.sensitivity[names[0]], layer.groups[names[0]]
-            table[prefix + names[0]] = choices(errors, shapes, group_size)
+            table[prefix + names[0]] = choices(errors, shapes, group_size, settings.tied)
             members[prefix + names[0]] = [prefix + name for name in names]
     found = allocate(table, budget_bytes(settings.budget, weights))
     bits = {name: found.bits[first] for first, names in members.items() for name in names}
@@ -177,6 +178,8 @@ def artifact_tensors_of(
         }
         if companding:
             nested["companding"] = companding
+        if settings.tied:
+            nested["tied"] = True
         if allocation is not None:
             nested["mixed"] = allocation.bits
         config = with_nested(source.config, nested, settings.widths[-1])
