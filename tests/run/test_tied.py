@@ -218,7 +218,7 @@ def test_experts_are_read_from_their_files(artifact: Path, bits: int) -> None:
         own = [i.nbytes for n, (_, i) in infos.items() if ".experts." in n and n.endswith(names)]
         assert store.files.total_bytes() == sum(own)
     resident = logits(models.load(artifact, bits=bits))[0, -1]
-    assert torch.equal(seen[0], resident)
+    torch.testing.assert_close(seen[0], resident, rtol=1e-4, atol=1e-6)
 
 
 def test_the_simulator_reads_tied_floats_with_the_planes_that_need_them(artifact: Path) -> None:
