@@ -60,6 +60,13 @@ def artifact(run: Path) -> Path:
     return run / "model"
 
 
+def nested_of(artifact: Path) -> dict[str, Any]:
+    """The entry of config.json."""
+    nested = models.load_config(artifact).nested
+    assert nested is not None
+    return nested
+
+
 def stored(artifact: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path in artifact.glob("*.safetensors"):
@@ -92,7 +99,7 @@ def logits(model: Any) -> Tensor:
 
 
 def test_the_file_holds_one_width_of_floats_and_three_numbers_a_row(artifact: Path) -> None:
-    parts, nested = stored(artifact), models.load_config(artifact).nested
+    parts, nested = stored(artifact), nested_of(artifact)
     assert nested["tied"] is True
     for name in nested["modules"]:
         own = [k.rpartition(".")[2] for k in parts if k.startswith(f"{name}.")]
@@ -161,13 +168,13 @@ def test_plan_and_inspect_count_the_bytes_of_the_file(run: Path, artifact: Path)
 
 
 def found_modules(artifact: Path) -> list[str]:
-    return list(models.load_config(artifact).nested["modules"])
+    return list(nested_of(artifact)["modules"])
 
 
 def test_only_the_parts_of_other_widths_stay_on_disk(artifact: Path) -> None:
-    config = models.load_config(artifact)
-    config.nested["mixed"], config.bits = {LINEAR: 2, STACK: 6}, None
-    widths = {name: config.nested["mixed"].get(name, 6) for name in found_modules(artifact)}
+    config, mixed = models.load_config(artifact), {LINEAR: 2, STACK: 6}
+    config.nested, config.bits = {**nested_of(artifact), "mixed": mixed}, None
+    widths = {name: mixed.get(name, 6) for name in found_modules(artifact)}
     patterns = [re.compile(pattern) for pattern in unserved(config)]
     for name, bits in widths.items():
         for part in layout.stored_names(WIDTHS, tied=True):
@@ -223,6 +230,7 @@ def test_experts_are_read_from_their_files(artifact: Path, bits: int) -> None:
 
 def test_the_simulator_reads_tied_floats_with_the_planes_that_need_them(artifact: Path) -> None:
     config, infos = models.load_config(artifact), open_checkpoint_headers(artifact).tensors
+    assert config.routing is not None
     experts = config.routing["num_experts"]
     first = ("plane_2", "theta_4", "tied_2")
     groups = [first, ("plane_3", "tied_3"), ("plane_4",), ("plane_6", "theta_6")]
