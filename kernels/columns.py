@@ -37,6 +37,7 @@ from fissile.kernels.layout import (
     unpack,
     unpack_residual,
     values,
+    with_own_floats,
 )
 
 FEW_ROWS = 16
@@ -102,7 +103,8 @@ def to_columns(parts: Mapping[str, Tensor], bits: int, companding: float = 1.0) 
         ValueError: a part is missing.
     """
     stacked = parts["plane_2"].ndim == 3
-    stack = {k: v if stacked else v.unsqueeze(0) for k, v in parts.items()}
+    own = with_own_floats(parts, bits)
+    stack = {k: v if stacked else v.unsqueeze(0) for k, v in own.items()}
     width = min(bits, STORED_BITS)
     codes = unpack(stack, width)
     pieces = [(codes, (2 if bits == 2 else 4, 1, 0))]
@@ -132,7 +134,7 @@ def to_columns(parts: Mapping[str, Tensor], bits: int, companding: float = 1.0) 
 
 
 def from_columns(columns: Columns) -> dict[str, Tensor]:
-    """Inverse of `to_columns`: the stored parts, bit for bit, in file order."""
+    """Inverse of `to_columns`: the parts, bit for bit, in file order; never tied floats."""
     experts, outputs, inputs = columns.shape
     codes = [
         table_values(columns, term)[:, :outputs].to(torch.uint8).view(experts, inputs, outputs)

@@ -18,6 +18,16 @@ in this order, so that a k-bit load is a prefix. `W_k = scale_k * value_k + zero
 where value_k is the code itself or, in a companded weight, its entry in a table of integers. Six
 and eight bits add a second code to the four-bit weight: `W_6 = W_4 + scale_6 * r_2 + zero_6`.
 
+Where the floats are tied, the widest width b of 2, 3 and 4 alone has floats of its own for every
+group, and each narrower one three coefficients (a, o, e) for every row:
+
+    tied_2   int16 (..., N, 3)       bit patterns of fp16 (a, o, e) of the 2-bit weight
+
+    scale_2 = a scale_b        zero_2 = o scale_b + e zero_b        rounded to fp16
+
+`W_2 = a scale_b value_2 + o scale_b + e zero_b`, that is. The order is then plane_2, theta_b,
+tied_2, plane_3, tied_3 and so on: a k-bit load is still a prefix.
+
 The file needs torch and nothing else: it is copied into artifacts beside the modeling code.
 
 Shapes: N output rows, K inputs, G groups along the inputs; "..." any leading dimensions.
@@ -48,7 +58,6 @@ COMPANDED: dict[float, dict[int, tuple[int, ...]]] = {
 }
 """Values of the codes of a companded weight, by the width of its two outer 2-bit cells in units of
 the inner ones, and by bits. At 2 bits, and with a ratio of 1, a code is its own value."""
-_FLOAT_BYTES = 4  # one fp16 scale and one fp16 zero
 
 
 def check_shape(inputs: int, group_size: int) -> int:
@@ -150,18 +159,80 @@ def encode_theta(scale: Tensor, zero: Tensor) -> Tensor:
     Raises:
         ValueError: a value is NaN, or outside the range of float16 (largest 65504).
     """
-    theta = torch.stack([scale, zero], dim=-1)
-    half = theta.to(torch.float16)
-    if not torch.isfinite(half).all():
-        worst = theta.abs().max().item()
-        raise ValueError(f"scale or zero {worst:g} does not fit float16, accepted: up to 65504")
-    return half.view(torch.int16)
+    return _half_bits(torch.stack([scale, zero], dim=-1), "scale or zero")
 
 
 def decode_theta(theta: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse of `encode_theta`: int16 (..., N, G, 2) to float32 scale and zero (..., N, G)."""
     values = theta.view(torch.float16).float()
     return values[..., 0], values[..., 1]
+
+
+def encode_tied(coefficients: Tensor) -> Tensor:
+    """Store (a, o, e) of every row as the bit patterns of float16: int16 (..., N, 3).
+
+    Args:
+        coefficients: float (..., N, 3).
+
+    Raises:
+        ValueError: a value is NaN, or outside the range of float16 (largest 65504).
+    """
+    return _half_bits(coefficients, "coefficient")
+
+
+def decode_tied(tied: Tensor) -> Tensor:
+    """Inverse of `encode_tied`: int16 (..., N, 3) to float32 (..., N, 3)."""
+    return tied.view(torch.float16).float()
+
+
+def tied_floats(coefficients: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero of a narrower width from those of the widest, rounded to float16.
+
+    A product of two float16 values is exact in float32, so that the sum is rounded once however a
+    device or a compiler computes it: the result has the same bits everywhere.
+
+    Args:
+        coefficients: float32 (..., N, 3): a, o, e; representable in float16, like the others.
+        scale: float32 (..., N, G), of the widest of 2, 3 and 4 bits.
+        zero: float32 (..., N, G).
+
+    Returns:
+        float32 scale and zero (..., N, G); infinite where float16 overflows.
+    """
+    a, o, e = (part.unsqueeze(-1) for part in coefficients.unbind(-1))
+    return (a * scale).half().float(), (o * scale + e * zero).half().float()
+
+
+def with_own_floats(parts: Mapping[str, Tensor], bits: int) -> Mapping[str, Tensor]:
+    """The parts of one width with theta_`bits` among them, whether it is stored or tied.
+
+    Every reader of floats starts here, so that it need not know of tied ones.
+
+    Args:
+        parts: what `segment_names` lists for `bits`; more does no harm.
+        bits: one of `WIDTHS`.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if f"theta_{bits}" in parts:
+        return parts
+    base = [f"theta_{width}" for width in NESTED if f"theta_{width}" in parts]
+    if f"tied_{bits}" not in parts or not base:
+        raise ValueError(f"theta_{bits} is missing, needed for {bits} bits")
+    coefficients = decode_tied(parts[f"tied_{bits}"])
+    floats = tied_floats(coefficients, *decode_theta(parts[base[-1]]))
+    # Not `encode_theta`: looking at the values would hold up a GPU and a compiler.
+    theta = torch.stack(floats, dim=-1).half().view(torch.int16)
+    return {**parts, f"theta_{bits}": theta}
+
+
+def _half_bits(values: Tensor, what: str) -> Tensor:
+    half = values.to(torch.float16)
+    if not torch.isfinite(half).all():
+        worst = values.abs().max().item()
+        raise ValueError(f"{what} {worst:g} does not fit float16, accepted: up to 65504")
+    return half.view(torch.int16)
 
 
 def affine(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -202,34 +273,11 @@ def dequantize(parts: Mapping[str, Tensor], bits: int, companding: float = 1.0) 
         ValueError: a part is missing, or `bits` is not stored.
     """
     check_bits(bits)
-    if f"theta_{bits}" not in parts:
-        raise ValueError(f"theta_{bits} is missing, needed for {bits} bits")
-    theta = decode_theta(parts[f"theta_{bits}"])
+    theta = decode_theta(with_own_floats(parts, bits)[f"theta_{bits}"])
     if bits > STORED_BITS:
         base = dequantize(parts, STORED_BITS, companding)
         return base.add_(affine(unpack_residual(parts, bits), *theta))
     return affine(values(unpack(parts, bits), bits, companding), *theta)
-
-
-def dequantize_stack(
-    parts: Mapping[str, Tensor], bits_E: Sequence[int], companding: float = 1.0
-) -> Tensor:
-    """Weights of a stack whose experts have widths of their own: float32 (E, N, K).
-
-    Args:
-        parts: what `stack_names` lists for `bits_E`, of all experts.
-        bits_E: width of every expert.
-        companding: of this weight, see `COMPANDED`.
-
-    Raises:
-        ValueError: a part is missing, or a width is not stored.
-    """
-    quarter = parts["plane_2"]
-    found = torch.empty(*quarter.shape[:-1], 4 * quarter.shape[-1], device=quarter.device)
-    for bits, experts in experts_by_width(bits_E).items():
-        own = {name: parts[name][experts] for name in segment_names(bits) if name in parts}
-        found[experts] = dequantize(own, bits, companding)
-    return found
 
 
 def experts_by_width(bits_E: Sequence[int]) -> dict[int, list[int]]:
@@ -238,36 +286,52 @@ def experts_by_width(bits_E: Sequence[int]) -> dict[int, list[int]]:
     return {bits: [e for e, own in enumerate(bits_E) if own == bits] for bits in widths}
 
 
-def segment_names(bits: int, widths: Sequence[int] = WIDTHS) -> tuple[str, ...]:
+def tied_base(widths: Sequence[int]) -> int:
+    """The widest of 2, 3 and 4 among `widths`: where floats are tied, it keeps those of groups."""
+    return max(width for width in widths if width <= STORED_BITS)
+
+
+def segment_names(bits: int, widths: Sequence[int] = WIDTHS, tied: bool = False) -> tuple[str, ...]:
     """Suffixes of the tensors that a `bits`-wide load needs, in file order.
 
-    Planes are cumulative, floats are not: 3 bits need ("plane_2", "plane_3", "theta_3").
+    Planes are cumulative, floats are not: 3 bits need ("plane_2", "plane_3", "theta_3"), or, where
+    they are tied to those of 4, ("plane_2", "theta_4", "plane_3", "tied_3").
 
     Raises:
         ValueError: `bits` is not one of `widths`.
     """
     check_bits(bits, widths)
+    base = tied_base(widths) if tied else bits
     if bits > STORED_BITS:
         residual = (f"plane_{width}" for width in (6, 8) if width <= bits)
-        return (*segment_names(STORED_BITS, widths), *residual, f"theta_{bits}")
-    return (*(f"plane_{width}" for width in _PLANE_BITS if width <= bits), f"theta_{bits}")
+        return (*segment_names(STORED_BITS, widths, tied), *residual, f"theta_{bits}")
+    planes = [f"plane_{width}" for width in _PLANE_BITS if width <= bits]
+    if not tied:
+        return (*planes, f"theta_{bits}")
+    own = () if bits == base else (f"tied_{bits}",)
+    return (planes[0], f"theta_{base}", *planes[1:], *own)
 
 
-def stored_names(widths: Sequence[int] = NESTED) -> tuple[str, ...]:
+def stored_names(widths: Sequence[int] = NESTED, tied: bool = False) -> tuple[str, ...]:
     """Suffixes of all tensors of a weight that serves `widths`, in file order."""
     names: list[str] = []
+    base = tied_base(widths) if tied else None
     for width in WIDTHS:
         if width <= max(widths):
             names.append(f"plane_{width}")
-        if width in widths:
-            names.append(f"theta_{width}")
+        if base is not None and width == NESTED[0]:
+            names.append(f"theta_{base}")
+        if width in widths and width != base:
+            names.append(f"{'tied' if base is not None and width < base else 'theta'}_{width}")
     return tuple(names)
 
 
-def stack_names(bits_E: Sequence[int], widths: Sequence[int] = WIDTHS) -> tuple[str, ...]:
+def stack_names(
+    bits_E: Sequence[int], widths: Sequence[int] = WIDTHS, tied: bool = False
+) -> tuple[str, ...]:
     """Suffixes of the tensors that experts of these widths need, in file order."""
-    needed = {name for bits in set(bits_E) for name in segment_names(bits, widths)}
-    return tuple(name for name in stored_names(widths) if name in needed)
+    needed = {name for bits in set(bits_E) for name in segment_names(bits, widths, tied)}
+    return tuple(name for name in stored_names(widths, tied) if name in needed)
 
 
 def part_shape(name: str, shape: Sequence[int], group_size: int) -> tuple[int, ...]:
@@ -276,17 +340,40 @@ def part_shape(name: str, shape: Sequence[int], group_size: int) -> tuple[int, .
     groups = check_shape(shape[-1], group_size)
     if kind == "theta":
         return (*shape[:-1], groups, 2)
+    if kind == "tied":
+        return (*shape[:-1], 3)
     return (*shape[:-1], shape[-1] * _PLANE_BITS[int(width)] // 8)
 
 
-def loaded_bytes(shape: Sequence[int], group_size: int, bits: int) -> int:
-    """Bytes that a `bits`-wide load of a weight of shape (..., N, K) holds, floats included."""
-    return _bytes(segment_names(bits), shape, group_size)
+def part_dtype(name: str) -> torch.dtype:
+    """uint8 for planes, int16 for floats."""
+    return torch.uint8 if name.startswith("plane") else torch.int16
 
 
-def stored_bytes(shape: Sequence[int], group_size: int, widths: Sequence[int] = NESTED) -> int:
+def loaded_bytes(
+    shape: Sequence[int],
+    group_size: int,
+    bits: int,
+    widths: Sequence[int] = WIDTHS,
+    tied: bool = False,
+) -> int:
+    """Bytes that a `bits`-wide load of a weight of shape (..., N, K) holds, floats included.
+
+    Args:
+        shape: of the weight.
+        group_size: inputs that share a scale and a zero.
+        bits: the width.
+        widths: that are stored; what a load holds depends on them where floats are tied.
+        tied: whether they are.
+    """
+    return _bytes(segment_names(bits, widths, tied), shape, group_size)
+
+
+def stored_bytes(
+    shape: Sequence[int], group_size: int, widths: Sequence[int] = NESTED, tied: bool = False
+) -> int:
     """Bytes of a weight of shape (..., N, K) in the file, all planes and floats of `widths`."""
-    return _bytes(stored_names(widths), shape, group_size)
+    return _bytes(stored_names(widths, tied), shape, group_size)
 
 
 def bits_per_weight(shape: Sequence[int], group_size: int, bits: int) -> float:
@@ -295,11 +382,7 @@ def bits_per_weight(shape: Sequence[int], group_size: int, bits: int) -> float:
 
 
 def _bytes(names: Sequence[str], shape: Sequence[int], group_size: int) -> int:
-    total = 0
-    for name in names:
-        count = prod(part_shape(name, shape, group_size))
-        total += count * (_FLOAT_BYTES // 2 if name.startswith("theta") else 1)
-    return total
+    return sum(prod(part_shape(n, shape, group_size)) * part_dtype(n).itemsize for n in names)
 
 
 def _shifts(bits: int, device: torch.device) -> Tensor:

@@ -34,6 +34,7 @@ from fissile.kernels.layout import (
     pack_residual,
     unpack,
     unpack_residual,
+    with_own_floats,
 )
 
 TILE_ROWS = 128
@@ -134,7 +135,8 @@ def tile(
         ValueError: no kernels for this width, group size or companding, a part is missing, or N
             is odd in a paired weight.
     """
-    stacked = {k: v if v.dim() == 3 + k.startswith("theta") else v[None] for k, v in parts.items()}
+    own = with_own_floats(parts, bits)
+    stacked = {k: v if v.dim() == 3 + k.startswith("theta") else v[None] for k, v in own.items()}
     codes = unpack(stacked, min(bits, 4))
     experts, rows, inputs = codes.shape
     group_size = inputs // stacked[f"theta_{bits}"].shape[2]
@@ -166,7 +168,10 @@ def tile(
 
 
 def stored_parts(weight: TiledWeight) -> dict[str, Tensor]:
-    """Exact inverse of `tile`: what `fissile.kernels.layout.segment_names` lists, (E, N, K)."""
+    """Exact inverse of `tile`: what `fissile.kernels.layout.segment_names` lists, (E, N, K).
+
+    Floats that were tied come back as the width's own.
+    """
     order = _stored_order(weight)
     codes = _codes(weight.codes, weight.extra, weight.kernel_bits)
     width = min(weight.bits, STORED_BITS)

@@ -96,6 +96,9 @@ class Alternation:
         levels: widths and weights.
         plan: how much work to do.
         seed: of the sampled proposals.
+
+    Attributes:
+        weight_BIO: the rows with columns in visiting order; (B, I, W, O) with targets of its own.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class Alternation:
         self._weight_BOI, self._metric, self._levels, self._plan = weight_BOI, metric, levels, plan
         # Rows last: operations on a column then run over contiguous memory.
         by_input = (0, 2, 1) if weight_BOI.dim() == 3 else (1, 3, 0, 2)
-        self._weight_BIO = take(weight_BOI.permute(by_input).contiguous(), metric.order_BI)
+        self.weight_BIO = take(weight_BOI.permute(by_input).contiguous(), metric.order_BI)
         self._generator = torch.Generator(weight_BOI.device).manual_seed(seed)
 
     def run(self) -> tuple[State, list[Tensor]]:
@@ -116,7 +119,7 @@ class Alternation:
                 state = _best([state, *self._proposals(state)])
                 history.append(state.objective_BO)
             codes_BIO = descend(
-                self._weight_BIO,
+                self.weight_BIO,
                 self._metric,
                 self._levels,
                 state.floats,
@@ -139,14 +142,14 @@ class Alternation:
         )
         grids = _stack([initial_floats(*ranges, self._levels, m) for m in self._plan.multipliers])
         copies = len(self._plan.multipliers)
-        codes_BIO = start(_repeat(self._weight_BIO, copies, -1), self._metric, self._levels, grids)
+        codes_BIO = start(_repeat(self.weight_BIO, copies, -1), self._metric, self._levels, grids)
         fitted = self._fitted(_repeat(self._weight_BOI, copies, -2), codes_BIO, grids)
         return _best(fitted.unstack(copies))
 
     def _proposals(self, state: State) -> list[State]:
         """New codes for the floats of `state`: one greedy, the others sampled."""
         copies = 1 + self._plan.samples
-        weight_BIO = _repeat(self._weight_BIO, copies, -1)
+        weight_BIO = _repeat(self.weight_BIO, copies, -1)
         floats = _stack([state.floats] * copies)
         noise = None
         if self._plan.samples:

@@ -29,6 +29,7 @@ from fissile.quant.metric import prepare, take
 from fissile.quant.nested import NestedWeight, joined
 from fissile.quant.ranges import half_steps
 from fissile.quant.rows import slices
+from fissile.quant.tied import tie
 
 # Bounds on what one pass keeps alive, in float32 values: Hessians of a batch, errors of its rows.
 _HESSIAN_VALUES = 1 << 24
@@ -49,6 +50,7 @@ def solve(
     damp: float = 0.01,
     seed: int = 0,
     targets: Mapping[int, Tensor] | None = None,
+    tied: bool = False,
 ) -> NestedWeight:
     """Quantize one weight, or a batch of equal shape, to a bit-nested code.
 
@@ -67,6 +69,7 @@ def solve(
         seed: of the sampled starts; the result is a function of the arguments.
         targets: width to what that width shall come near, shaped as `weight`; `weight` for all
             without it.
+        tied: floats of narrower widths hang on the widest's, see `fissile.quant.tied`.
 
     Returns:
         NestedWeight with the leading dimension of `weight`, if any; scales are not negative.
@@ -76,7 +79,7 @@ def solve(
             Hessian that is far from positive semi-definite, or weights outside float16.
     """
     weights = dict(omega or {2: 2.5, 3: 1.0, 4: 1.0})
-    _check(weight, hessian, tuple(widths), group_size, weights, effort, damp)
+    _check(weight, hessian, tuple(widths), group_size, weights, effort, damp, tied)
     single = weight.dim() == 2
     weight_BOI = _aims(weight.reshape(-1, *weight.shape[-2:]), targets, widths)
     hessian_BII = hessian.reshape(-1, *hessian.shape[-2:])
@@ -86,7 +89,7 @@ def solve(
             weight_BOI, hessian_BII, tuple(widths), weights, group_size, damp
         )
     levels = Levels.build(tuple(widths), weights, weight.device, companding)
-    rest = (levels, group_size, PLANS[effort], damp, seed)
+    rest = (levels, group_size, PLANS[effort], damp, seed, tied)
     solved = [
         _solve_batch(weight_BOI[..., part, :, :], hessian_BII[part], *rest)
         for part in slices(len(hessian_BII), max(1, _HESSIAN_VALUES // inputs**2))
@@ -153,21 +156,33 @@ def _solve_batch(
     plan: Plan,
     damp: float,
     seed: int,
+    tied: bool,
 ) -> NestedWeight:
     metric = prepare(hessian_BII, group_size, damp)
-    batch, rows, inputs = weight_BOI.shape[-3:]
+    batch, outputs, inputs = weight_BOI.shape[-3:]
     per_row = batch * inputs * len(levels.widths) * plan.copies
     solved = []
-    for part in slices(rows, max(64, _ERROR_VALUES // per_row)):
+    for part in slices(outputs, max(64, _ERROR_VALUES // per_row)):
         chunk_BOI = weight_BOI[..., part, :].float().contiguous()
-        state, history = Alternation(chunk_BOI, metric, levels, plan, seed).run()
-        nested = _assemble(state, history, metric.inverse_BI, levels, group_size)
+        rows = Alternation(chunk_BOI, metric, levels, plan, seed)
+        state, history = rows.run()
+        ties_BOV3 = None
+        if tied:
+            # What came before had floats of its own: another, lower objective.
+            found, history = tie(chunk_BOI, rows.weight_BIO, metric, levels, state, plan)
+            state, ties_BOV3 = found.state, found.ties_BOV3
+        nested = _assemble(state, history, metric.inverse_BI, levels, group_size, ties_BOV3)
         solved.append(with_loss(nested, chunk_BOI, hessian_BII))
     return joined(solved, dim=1)
 
 
 def _assemble(
-    state: State, history: list[Tensor], inverse_BI: Tensor, levels: Levels, group_size: int
+    state: State,
+    history: list[Tensor],
+    inverse_BI: Tensor,
+    levels: Levels,
+    group_size: int,
+    ties_BOV3: Tensor | None = None,
 ) -> NestedWeight:
     """Codes in natural order, shifted to 4 bits; floats of the uncentred codes."""
     shift = layout.STORED_BITS - levels.widths[-1]
@@ -179,6 +194,12 @@ def _assemble(
         centred = state.floats.zero_BGWO[:, :, w].transpose(1, 2)
         # Rounding again removes the last-bit error of centring: the value was a float16 before.
         zero[width] = (centred - scale[width] * half_step).half().float()
+    tied: dict[int, Tensor] = {}
+    if ties_BOV3 is not None:
+        base = levels.widths[-1]
+        for width, ties_BO3 in zip(levels.widths, ties_BOV3.unbind(2), strict=False):
+            scale[width], zero[width] = layout.tied_floats(ties_BO3, scale[base], zero[base])
+            tied[width] = ties_BO3.contiguous()
     return NestedWeight(
         codes_BOI,
         scale,
@@ -187,6 +208,7 @@ def _assemble(
         group_size,
         history=torch.stack(history),
         companding=levels.companding,
+        tied=tied,
     )
 
 
@@ -218,6 +240,7 @@ def _squeezed(nested: NestedWeight) -> NestedWeight:
         codes=nested.codes[0],
         scale=first(nested.scale),
         zero=first(nested.zero),
+        tied=first(nested.tied),
         loss=first(nested.loss),
         history=nested.history[:, 0] if nested.history.numel() else nested.history,
     )
@@ -231,6 +254,7 @@ def _check(
     omega: Mapping[int, float],
     effort: str,
     damp: float,
+    tied: bool,
 ) -> None:
     if weight.dim() not in (2, 3) or hessian.shape != (*weight.shape[:-2], *weight.shape[-1:] * 2):
         raise ValueError(
@@ -242,6 +266,8 @@ def _check(
     layout.check_shape(weight.shape[-1], group_size)
     if not widths or widths != tuple(k for k in layout.NESTED if k in widths):
         raise ValueError(f"widths {list(widths)}, accepted: ascending, of {list(layout.NESTED)}")
+    if tied and len(widths) < 2:
+        raise ValueError(f"widths {list(widths)}: tied floats need two or three")
     for k in widths:
         if not omega.get(k, 0) > 0:
             raise ValueError(f"omega of width {k} is {omega.get(k)}, accepted: above 0")

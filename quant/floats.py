@@ -61,7 +61,7 @@ def refit(
             value = levels.value_WQ[w].index_select(0, codes).view(batch, -1, inputs)
             old = (scale[:, :, w, part].transpose(1, 2), zero[:, :, w, part].transpose(1, 2))
             wanted = weight_BOI if weight_BOI.dim() == 3 else weight_BOI[w]
-            system = _system(value, wanted[:, part], metric, ones_BGG, *old)
+            system = quadratic(value, wanted[:, part], metric, ones_BGG, *old)
             new_scale, new_zero, gain = _solve(system, *old, half_step)
             scale[:, :, w, part] = new_scale.transpose(1, 2)
             zero[:, :, w, part] = new_zero.transpose(1, 2)
@@ -87,22 +87,86 @@ def loss_rows(error_BOI: Tensor, hessian_BII: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _System:
-    """The loss near the current floats: loss + 2 gradient d + d^T matrix d, d = [scale; zero]."""
+class System:
+    """The loss near the current floats: loss + 2 gradient d + d^T matrix d, float64.
+
+    d = [scales; zeros], P = 2G, or other unknowns that these are linear in.
+    """
 
     loss_Bn: Tensor
     gradient_BnP: Tensor
     matrix_BnPP: Tensor
 
+    def gain(self, step_BnP: Tensor) -> Tensor:
+        """What a step saves, (B, n)."""
+        curvature = torch.matmul(self.matrix_BnPP, step_BnP[..., None])[..., 0]
+        return -((2 * self.gradient_BnP + curvature) * step_BnP).sum(-1)
 
-def _system(
+    def moved(self, step_BnP: Tensor, gain_Bn: Tensor) -> System:
+        """The same loss near the floats after a step and its gain."""
+        change_BnP = torch.matmul(self.matrix_BnPP, step_BnP[..., None])[..., 0]
+        gradient_BnP = self.gradient_BnP + change_BnP
+        return System(self.loss_Bn - gain_Bn, gradient_BnP, self.matrix_BnPP)
+
+    def where(self, keep_Bn: Tensor, other: System) -> System:
+        """These rows where `keep_Bn`, rows of `other`, with the same matrix, elsewhere."""
+        gradient_BnP = torch.where(keep_Bn[..., None], self.gradient_BnP, other.gradient_BnP)
+        loss_Bn = torch.where(keep_Bn, self.loss_Bn, other.loss_Bn)
+        return System(loss_Bn, gradient_BnP, self.matrix_BnPP)
+
+    def projected(self, basis_BnPQ: Tensor) -> System:
+        """In unknowns c with d = basis c."""
+        gradient_BnQ = torch.matmul(basis_BnPQ.mT, self.gradient_BnP[..., None])[..., 0]
+        matrix_BnQQ = basis_BnPQ.mT @ self.matrix_BnPP @ basis_BnPQ
+        return System(self.loss_Bn, gradient_BnQ, matrix_BnQQ)
+
+    def mixed(self, a_Bn: Tensor, o_Bn: Tensor, e_Bn: Tensor) -> System:
+        """In unknowns s and z of every group with scales a s and zeros o s + e z."""
+        groups = self.gradient_BnP.shape[-1] // 2
+        a1, o1, e1 = (x[..., None] for x in (a_Bn, o_Bn, e_Bn))
+        by_scale, by_zero = self.gradient_BnP.split(groups, -1)
+        top, bottom = self.matrix_BnPP.split(groups, -2)
+        (ss, sz), (_, zz) = top.split(groups, -1), bottom.split(groups, -1)
+        a, o, e = (x[..., None] for x in (a1, o1, e1))
+        cross = a * e * sz + o * e * zz
+        matrix = torch.empty_like(self.matrix_BnPP)
+        matrix[..., :groups, :groups] = a * a * ss + a * o * (sz + sz.mT) + o * o * zz
+        matrix[..., :groups, groups:], matrix[..., groups:, :groups] = cross, cross.mT
+        matrix[..., groups:, groups:] = e * e * zz
+        gradient = torch.cat([a1 * by_scale + o1 * by_zero, e1 * by_zero], dim=-1)
+        return System(self.loss_Bn, gradient, matrix)
+
+    def times(self, weight: float) -> System:
+        """A multiple of the loss."""
+        return System(weight * self.loss_Bn, weight * self.gradient_BnP, weight * self.matrix_BnPP)
+
+    def plus(self, other: System) -> System:
+        """Sum of two losses in the same unknowns."""
+        return System(
+            self.loss_Bn + other.loss_Bn,
+            self.gradient_BnP + other.gradient_BnP,
+            self.matrix_BnPP + other.matrix_BnPP,
+        )
+
+
+def quadratic(
     value_BnI: Tensor,
     weight_BnI: Tensor,
     metric: Metric,
     ones_BGG: Tensor,
     scale_BnG: Tensor,
     zero_BnG: Tensor,
-) -> _System:
+) -> System:
+    """The loss of rows with these floats, and how it changes with them.
+
+    Args:
+        value_BnI: float32, centred values of the codes.
+        weight_BnI: float32, what they shall come near.
+        metric: prepared Hessians.
+        ones_BGG: sums of H over pairs of groups.
+        scale_BnG: float32.
+        zero_BnG: float32, of the centred code.
+    """
     size = metric.group_size
     groups = scale_BnG.shape[2]
     value_BnGg = value_BnI.unflatten(2, (groups, size))
@@ -121,7 +185,7 @@ def _system(
     matrix[..., :groups, groups:] = cross_BnGG
     matrix[..., groups:, :groups] = cross_BnGG.transpose(2, 3)
     matrix[..., groups:, groups:] = ones_BGG[:, None]
-    return _System(loss_Bn, torch.cat([by_scale, by_zero], dim=-1).double(), matrix)
+    return System(loss_Bn, torch.cat([by_scale, by_zero], dim=-1).double(), matrix)
 
 
 def _gram(value_BnI: Tensor, h_BII: Tensor, groups: int) -> Tensor:
@@ -140,19 +204,18 @@ def _gram(value_BnI: Tensor, h_BII: Tensor, groups: int) -> Tensor:
 
 
 def _solve(
-    system: _System, scale_BnG: Tensor, zero_BnG: Tensor, half_step: Tensor
+    system: System, scale_BnG: Tensor, zero_BnG: Tensor, half_step: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """New scale and zero (B, n, G) and the loss they save (B, n), all zero where nothing is won."""
     groups = scale_BnG.shape[2]
-    step = _newton_step(system)
+    step = newton_step(system)
     new = scale_BnG + step[..., :groups], zero_BnG + step[..., groups:]
     # A negative scale would order the codes of one width against those of another.
     new_scale, new_zero = round_floats(
         torch.where(new[0] > 0, new[0], scale_BnG.double()), new[1], half_step
     )
     step = torch.cat([new_scale - scale_BnG, new_zero - zero_BnG], dim=-1).double()
-    curvature = torch.matmul(system.matrix_BnPP, step[..., None])[..., 0]
-    gain_Bn = -((2 * system.gradient_BnP + curvature) * step).sum(-1)
+    gain_Bn = system.gain(step)
     # Rows that overflow float16 give NaN here, which compares false and keeps the old floats.
     better_Bn = gain_Bn > 0
     kept = better_Bn[..., None]
@@ -163,7 +226,7 @@ def _solve(
     )
 
 
-def _newton_step(system: _System) -> Tensor:
+def newton_step(system: System) -> Tensor:
     """Minimiser of the quadratic; NaN in rows that cannot be solved."""
     diagonal = system.matrix_BnPP.diagonal(dim1=-2, dim2=-1)
     floor = diagonal.mean(-1, keepdim=True) * 1e-12 + torch.finfo(torch.float64).tiny

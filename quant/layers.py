@@ -7,7 +7,7 @@ Shapes: N windows, S tokens per window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,8 +60,7 @@ class QuantizedLayer:
     @property
     def widths(self) -> tuple[int, ...]:
         """Widths that are stored."""
-        found = {name.rpartition(".theta_")[2] for name in self.parts if ".theta_" in name}
-        return tuple(sorted(map(int, found)))
+        return _widths(name.rpartition(".")[2] for name in self.parts)
 
     def tensors(self) -> dict[str, Tensor]:
         """The part that is stored as tensors."""
@@ -271,5 +270,10 @@ def decode(
 ) -> Tensor:
     """Float32 weight `name` from packed parts, at `bits` or the widest width stored."""
     own = {k.removeprefix(f"{name}."): v for k, v in parts.items() if k.startswith(f"{name}.")}
-    widths = [int(k.removeprefix("theta_")) for k in own if k.startswith("theta_")]
-    return dequantize(own, max(widths) if bits is None else bits, companding)
+    return dequantize(own, _widths(own)[-1] if bits is None else bits, companding)
+
+
+def _widths(suffixes: Iterable[str]) -> tuple[int, ...]:
+    """Widths that have floats, or floats that are tied, among parts of weights."""
+    pairs = {suffix.partition("_")[::2] for suffix in suffixes}
+    return tuple(sorted({int(width) for kind, width in pairs if kind in ("theta", "tied")}))

@@ -29,6 +29,9 @@ class NestedWeight:
         loss: width to float32 (..., N), (W_k - W) H (W_k - W)^T a row, H as it was given.
         history: float64 (S, ..., N), the objective a row after every step of the solver (weighted
             over the widths, H normalised and damped); empty for the baselines.
+        tied: narrower width to float32 (..., N, 3), representable in float16: a, o and e of
+            `layout.tied_floats`, which then makes `scale` and `zero` of that width; empty where
+            every width has floats of its own.
         companding: which table makes values of codes, see `layout.COMPANDED`.
         residual: uint8 (..., N, K), 4-bit codes of what 4 bits miss; None without widths 6 and 8.
     """
@@ -42,6 +45,7 @@ class NestedWeight:
     history: Tensor = field(default_factory=lambda: torch.empty(0))
     companding: float = 1.0
     residual: Tensor | None = None
+    tied: dict[int, Tensor] = field(default_factory=dict)
 
     def dequantize(self, bits: int) -> Tensor:
         """Weights at one width, float32 (..., N, K), bit-equal to what an artifact decodes.
@@ -68,7 +72,12 @@ class NestedWeight:
             packed |= layout.pack_residual(self.residual)
         for bits in self.widths:
             packed[f"theta_{bits}"] = layout.encode_theta(self.scale[bits], self.zero[bits])
-        return {name: packed[name] for name in layout.stored_names(self.widths)}
+        for bits, coefficients in self.tied.items():
+            packed[f"tied_{bits}"] = layout.encode_tied(coefficients)
+            own = {k: part for k, part in packed.items() if k != f"theta_{bits}"}
+            again = layout.with_own_floats(own, bits)[f"theta_{bits}"]
+            assert torch.equal(again, packed[f"theta_{bits}"]), f"{bits} bits: not what is tied"
+        return {name: packed[name] for name in layout.stored_names(self.widths, bool(self.tied))}
 
     @classmethod
     def from_parts(
@@ -79,9 +88,11 @@ class NestedWeight:
         Raises:
             ValueError: a part is missing.
         """
-        thetas = {k.removeprefix("theta_"): v for k, v in parts.items() if k.startswith("theta_")}
-        floats = {int(k): layout.decode_theta(v) for k, v in thetas.items()}
-        widths = tuple(sorted(floats))
+        kinds = [name.partition("_")[::2] for name in parts]
+        tied = {int(k): layout.decode_tied(parts[f"tied_{k}"]) for n, k in kinds if n == "tied"}
+        widths = tuple(sorted({int(k) for kind, k in kinds if kind in ("theta", "tied")}))
+        thetas = {k: layout.with_own_floats(parts, k)[f"theta_{k}"] for k in widths}
+        floats = {k: layout.decode_theta(theta) for k, theta in thetas.items()}
         most = max(k for k in widths if k <= layout.STORED_BITS)
         codes = layout.unpack(parts, most) << (layout.STORED_BITS - most)
         residual = None
@@ -95,6 +106,7 @@ class NestedWeight:
             group_size,
             companding=companding,
             residual=residual,
+            tied=tied,
         )
 
     def split(self, rows: Sequence[int]) -> list[NestedWeight]:
@@ -113,6 +125,7 @@ class NestedWeight:
             scale={k: cut(v) for k, v in self.scale.items()},
             zero={k: cut(v) for k, v in self.zero.items()},
             residual=None if self.residual is None else cut(self.residual),
+            tied={k: cut(v) for k, v in self.tied.items()},
             loss={},
             history=torch.empty(0),
         )
@@ -144,6 +157,7 @@ def joined(parts: Sequence[NestedWeight], dim: int) -> NestedWeight:
         scale=of("scale"),
         zero=of("zero"),
         loss=of("loss"),
+        tied=of("tied"),
         residual=residual,
         history=torch.cat(history, dim + 1) if history else first.history,
     )

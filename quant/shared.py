@@ -109,6 +109,7 @@ def _gathered(nested: NestedWeight, workers: Workers, dim: int, total: int) -> N
         codes=whole(nested.codes),
         scale={k: whole(x) for k, x in nested.scale.items()},
         zero={k: whole(x) for k, x in nested.zero.items()},
+        tied={k: whole(x) for k, x in nested.tied.items()},
         residual=None if nested.residual is None else whole(nested.residual),
         loss={},
         history=torch.empty(0),

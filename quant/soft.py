@@ -37,6 +37,9 @@ class SoftFloats:
         moving: widths whose floats move; all without it.
         rank: R.
         generator: of the second factors; the first are zero.
+
+    Raises:
+        ValueError: floats of narrower widths are tied to those of the widest.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class SoftFloats:
         rank: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
+        if nested.tied:
+            raise ValueError("tied floats are fitted, not trained")
         self.nested = nested
         widths = tuple(k for k in nested.widths if k <= layout.STORED_BITS)
         ones = dict.fromkeys(widths, 1.0)

@@ -47,7 +47,7 @@ class TunedModel:
         seed: of factors of low rank.
 
     Raises:
-        ValueError: a width that is not stored, or whose floats 6 and 8 bits rest on.
+        ValueError: a width that is not stored, or whose floats 6 and 8 bits rest on; tied floats.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -118,6 +119,11 @@ class Quantize(Strict):
     effort: Literal["fast", "balanced", "best"] = Field(
         "balanced", description="rounds of the solver; balanced and best train blocks, best tunes"
     )
+    tied: bool = Field(
+        False,
+        description="only the widest of 2, 3 and 4 bits has floats for every group, narrower widths"
+        " three a row upon them: less to hold for all widths; neither block stage nor tune",
+    )
     attention: bool = Field(True, description="attention projections too, not only FFNs")
     damp: float = Field(0.01, gt=0, description="ridge of the Hessian, in its mean diagonal")
     method: Literal["fissile", "decoupleq"] = Field(
@@ -148,6 +154,8 @@ class Quantize(Strict):
         if not isinstance(data, dict) or str(data.get("effort", "balanced")) not in _EFFORT_WORK:
             return data
         work = _EFFORT_WORK[data.get("effort", "balanced")]
+        if data.get("tied") is True:  # fitted, not trained
+            work = work._replace(block_steps=0, tune_steps=0)
         filled: dict[str, Any] = {"blend": work.blend, "companding": work.companding}
         filled |= {"block": {}, "tune": {}, **data}
         # decoupleQ ends with its block stage.
@@ -168,6 +176,22 @@ class Quantize(Strict):
             raise ValueError(f"widths {list(self.widths)}: 6 and 8 bits are added to 4")
         if self.method == "decoupleq" and len(self.widths) > 1:
             raise ValueError(f"widths {list(self.widths)}: decoupleq makes one width")
+        self._check_tied(base)
         if missing := [w for w in base if self.omega.get(w, 0) <= 0]:
             raise ValueError(f"omega has no positive weight for width {missing[0]}")
         return self
+
+    def _check_tied(self, base: Sequence[int]) -> None:
+        if not self.tied:
+            return
+        if self.method == "decoupleq":
+            raise ValueError("tied: decoupleq makes one width, whose floats are tied to nothing")
+        if self.budget is not None:
+            raise ValueError("tied: under a budget a weight has one width, tied to nothing")
+        if len(base) < 2:
+            raise ValueError(f"tied: widths {list(self.widths)} need two of 2, 3 and 4")
+        for name, steps in (("block", self.block.steps), ("tune", self.tune.steps)):
+            if steps:
+                raise ValueError(
+                    f"tied: floats are fitted, not trained: {name}.steps {steps}, accepted: 0"
+                )

@@ -32,7 +32,7 @@ from fissile.io.headers import CheckpointHeaders, checkpoint_folder, open_checkp
 from fissile.io.hub import copied_files
 from fissile.io.manifest import check_manifest
 from fissile.io.reader import TensorReader
-from fissile.kernels.layout import decode_theta
+from fissile.kernels.layout import decode_theta, tied_base, with_own_floats
 from fissile.models.source import CheckpointSource
 from fissile.models.stream import StreamedModel
 
@@ -114,8 +114,14 @@ def _floats(headers: CheckpointHeaders) -> Iterator[Check]:
     with TensorReader(headers) as reader:
         for name in reader.names():
             tensor = reader.load(name)
-            if name.rpartition(".")[2].startswith("theta_"):
-                scale, zero = decode_theta(tensor)
+            stem, _, suffix = name.rpartition(".")
+            kind, _, bits = suffix.partition("_")
+            if kind in ("theta", "tied") and bits.isdigit():
+                parts = {suffix: tensor}
+                if kind == "tied":
+                    base = f"theta_{tied_base(headers.config['nested']['widths'])}"
+                    parts[base] = reader.load(f"{stem}.{base}")
+                scale, zero = decode_theta(with_own_floats(parts, int(bits))[f"theta_{bits}"])
                 if not bool(torch.isfinite(scale).all() & torch.isfinite(zero).all()):
                     bad.append(name)
                 if bool((scale < 0).any()):

@@ -7,7 +7,7 @@ G groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from fissile.export.hosts import Host, Known
 from fissile.export.lowering import CODE_GAIN, CODE_SCALE, Measured
 from fissile.io.reader import TensorReader
-from fissile.kernels.layout import NESTED, decode_theta, stack_names, unpack
+from fissile.kernels.layout import NESTED, decode_theta, unpack, with_own_floats
 from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.source import LAYER, CheckpointSource
 from fissile.models.stream import StreamedModel
@@ -95,11 +95,11 @@ class Weights:
     def coded(self, name: str) -> Coded:
         """Codes of a tensor for which `is_coded` holds, one scale and zero per 32 inputs."""
         if name not in self._coded:
-            widths = self._widths(name)
-            needed = stack_names(widths)
-            parts = {suffix: self._reader.load(f"{name}.{suffix}") for suffix in needed}
-            if len(widths) == 1:
-                coded = _coded(parts, widths[0])
+            widths = self.source.width_of(name)
+            assert widths is not None
+            parts = self.source.served_parts(name, widths)
+            if isinstance(widths, int):
+                coded = _coded(parts, widths)
             else:
                 # Experts have widths of their own; a code of fewer bits is a smaller number.
                 own = [
@@ -118,8 +118,8 @@ class Weights:
         return [bits] if isinstance(bits, int) else bits
 
 
-def _coded(parts: dict[str, Tensor], bits: int) -> Coded:
-    scale, zero = decode_theta(parts[f"theta_{bits}"])
+def _coded(parts: Mapping[str, Tensor], bits: int) -> Coded:
+    scale, zero = decode_theta(with_own_floats(parts, bits)[f"theta_{bits}"])
     codes = unpack(parts, bits)
     repeats = codes.shape[-1] // scale.shape[-1] // BLOCK
     scale, zero = (theta.repeat_interleave(repeats, dim=-1) for theta in (scale, zero))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fissile.errors import CorruptCheckpoint
@@ -17,6 +17,7 @@ Expected = tuple[str | None, tuple[int, ...]]
 
 PLANE_BITS = {2: 2, 3: 1, 4: 1, 6: 2, 8: 2}
 """Bits of a code that each plane adds: plane_2 holds the two most significant ones."""
+_NESTED_BITS = 4  # of the code that 6 and 8 bits add a second one to
 
 
 def mlp_shapes(
@@ -129,17 +130,40 @@ def _readme_shapes(
 
 
 def nested_parts(
-    shape: tuple[int, ...], widths: tuple[int, ...], group_size: int
+    shape: tuple[int, ...], widths: tuple[int, ...], group_size: int, tied: bool = False
 ) -> dict[str, Expected]:
     """Planes and floats that stand for one nested weight of `shape` (..., N, K), in load order."""
     *lead, inputs = shape
+    theta: Expected = ("I16", (*lead, inputs // group_size, 2))
     found: dict[str, Expected] = {}
+    base = tied_base(widths) if tied else None
     for width, bits in PLANE_BITS.items():
         if width <= max(widths):
             found[f"plane_{width}"] = ("U8", (*lead, inputs * bits // 8))
-        if width in widths:
-            found[f"theta_{width}"] = ("I16", (*lead, inputs // group_size, 2))
+        if base is not None and width == min(PLANE_BITS):
+            found[f"theta_{base}"] = theta
+        if width in widths and base is not None and width < base:
+            found[f"tied_{width}"] = ("I16", (*lead, 3))
+        elif width in widths and width != base:
+            found[f"theta_{width}"] = theta
     return found
+
+
+def tied_base(widths: Sequence[int]) -> int:
+    """The width that keeps floats of groups where those of narrower ones are tied to them."""
+    return max(width for width in widths if width <= _NESTED_BITS)
+
+
+def is_loaded(part: str, bits: int, widths: Sequence[int], tied: bool = False) -> bool:
+    """Whether a `bits`-wide load reads a part ("plane_2", "theta_4" ...) of a nested weight.
+
+    Planes are cumulative, floats belong to one width; 6 and 8 bits add to 4.
+    """
+    kind, _, width = part.partition("_")
+    if kind == "plane":
+        return int(width) <= bits
+    shared = tied_base(widths) if tied or bits > _NESTED_BITS else bits
+    return int(width) == bits or (kind == "theta" and int(width) == shared)
 
 
 def float_shapes(
@@ -175,13 +199,17 @@ def artifact_tensors(family: Family, config: Mapping[str, Any]) -> Iterator[tupl
         nested = config.get("nested") or {}
         modules, groups = set(nested.get("modules", ())), nested.get("groups", {})
         mixed = nested.get("mixed", {})
+        tied = bool(nested.get("tied"))
+        if tied and mixed:
+            raise CorruptCheckpoint("config.json: nested.mixed beside nested.tied")
         for name, shape in float_shapes(family, config):
             if name not in modules:
                 yield name, (None, shape)
                 continue
             group = groups.get(name, nested["group_size"])
             _check_widths(name, mixed.get(name, nested["widths"][0]), nested["widths"], shape)
-            for part, expected in nested_parts(shape, tuple(nested["widths"]), group).items():
+            parts = nested_parts(shape, tuple(nested["widths"]), group, tied)
+            for part, expected in parts.items():
                 yield f"{name}.{part}", expected
 
 

@@ -32,7 +32,8 @@ class FissileConfig(PretrainedConfig):
             ("attention", "token", "readme"), `query_heads`, `inner_dim`, and `attention_dim` or,
             for "readme", `width`.
         nested: None for float weights, else `layout`, `widths`, `group_size`, `modules`, and
-            optionally `mixed`: the width of every weight by name, of a stack one for all of its
+            optionally `groups` and `companding` by module, `tied` (see `layout`), and `mixed`: the
+            width of every weight by name, of a stack one for all of its
             experts or a list of one for each.
         bits: width that is served, one of `nested["widths"]`; None with float weights, or where
             `mixed` says it.

@@ -54,12 +54,13 @@ def unserved(config: FissileConfig) -> list[str]:
     nested = config.nested
     if config.check_bits() is None or nested is None:
         return []
-    stored = set(stored_names(nested["widths"]))
+    kept = (nested["widths"], bool(nested.get("tied")))
+    stored = set(stored_names(*kept))
     mixed = config.bits is None and "mixed" in nested
     owners: dict[tuple[str, ...], list[str]] = {}
     for name in nested["modules"]:
         widths = config.widths_of(name)
-        needed = stack_names([widths] if isinstance(widths, int) else widths, nested["widths"])
+        needed = stack_names([widths] if isinstance(widths, int) else widths, *kept)
         owners.setdefault(needed, []).append(name)
     patterns = []
     for needed, names in owners.items():

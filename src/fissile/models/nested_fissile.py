@@ -8,7 +8,8 @@ reads fastest, and the parts are dropped, so that a model at k bits takes about 
     decoded   anything else: the weight is decoded for every product
 
 `NestedTensor.path` says which one runs and why. The stored parts come back for whoever asks for
-them: `state_dict`, or a move to another device.
+them: `state_dict`, or a move to another device. Floats that are tied to those of a wider width stay
+beside what took the place of the planes: rounded, they cannot be told from it.
 
 This file is copied into every artifact and must work there without the fissile package. Rules that
 serving engines impose are marked "engine:".
@@ -39,7 +40,13 @@ from fissile.kernels.columns import (
     to_columns,
     unavailable,
 )
-from fissile.kernels.layout import LAYOUT_VERSION, dequantize, part_shape, segment_names
+from fissile.kernels.layout import (
+    LAYOUT_VERSION,
+    dequantize,
+    part_dtype,
+    part_shape,
+    segment_names,
+)
 from fissile.models.configuration_fissile import FissileConfig
 
 Path = Literal["columns", "triton", "decoded"]
@@ -65,8 +72,10 @@ class Held:
         """Give every member its stored parts back."""
         parts, begin = self.stored(self.form), 0
         for member in self.members:
-            rows, own = member.shape[-2], {}
+            rows, own = member.shape[-2], member.staying()
             for name in member.segments:
+                if name in own:
+                    continue
                 part = parts[name].narrow(-3 if name.startswith("theta") else -2, begin, rows)
                 own[name] = part.reshape(part_shape(name, member.shape, member.group_size)).clone()
             member.keep(own)
@@ -97,12 +106,15 @@ class NestedTensor(nn.Module):
         self.group_size = nested.get("groups", {}).get(name, nested["group_size"])
         self.bits, self.shape = bits, shape
         self.companding = nested.get("companding", {}).get(name, 1.0)
-        self.segments = segment_names(bits, nested["widths"])
+        self.segments = segment_names(bits, nested["widths"], bool(nested.get("tied")))
         self.held: Held | None = None
+        self.register_segments()
+
+    def register_segments(self) -> None:
+        """A buffer of zeros for every stored part."""
         for segment in self.segments:
-            dtype = torch.int16 if segment.startswith("theta") else torch.uint8
-            size = part_shape(segment, shape, self.group_size)
-            self.register_buffer(segment, torch.zeros(size, dtype=dtype))
+            size = part_shape(segment, self.shape, self.group_size)
+            self.register_buffer(segment, torch.zeros(size, dtype=part_dtype(segment)))
 
     @property
     def device(self) -> torch.device:
@@ -119,6 +131,12 @@ class NestedTensor(nn.Module):
         """The stored parts of the served width, in file order."""
         self.release()
         return {name: getattr(self, name) for name in self.segments}
+
+    def staying(self) -> dict[str, Tensor]:
+        """Floats that this width is tied to, and how: they cannot be had back from what is held."""
+        if f"tied_{self.bits}" not in self.segments:
+            return {}
+        return {n: getattr(self, n) for n in self.segments if not n.startswith("plane")}
 
     def path(self, x: Tensor | None = None) -> tuple[Path, str]:
         """Which code multiplies by this weight, and why.
@@ -244,8 +262,10 @@ def hold(
         members[0].register_buffer(f"held_{name}", tensor, persistent=False)
     for member in members:
         member.held = held  # before the parts go: another thread may be looking
+        staying = member.staying()
         for name in member.segments:
-            member._buffers[name] = None
+            if name not in staying:
+                member._buffers[name] = None
 
 
 def kernels_for(

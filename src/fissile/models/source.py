@@ -5,7 +5,7 @@ All sources answer in canonical names; see `StateSource` in stream.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,13 @@ from fissile.families.artifact import float_shapes
 from fissile.io.headers import open_checkpoint_headers
 from fissile.io.reader import TensorReader, check_finite
 from fissile.io.units import UnitStore
-from fissile.kernels.layout import dequantize, dequantize_stack, stack_names, stored_names
+from fissile.kernels.layout import (
+    dequantize,
+    experts_by_width,
+    segment_names,
+    stack_names,
+    stored_names,
+)
 from fissile.models.build import dense_config, empty_model, rotary_of, with_nested
 from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.modeling_fissile import FissileForCausalLM
@@ -94,7 +100,15 @@ class CheckpointSource:
     def parts(self, name: str) -> dict[str, Tensor]:
         """Packed parts of a nested weight of an artifact, by suffix, those of all widths."""
         assert self.nested is not None
-        return {k: self.stored(f"{name}.{k}") for k in stored_names(self.nested["widths"])}
+        names = stored_names(self.nested["widths"], bool(self.nested.get("tied")))
+        return {suffix: self.stored(f"{name}.{suffix}") for suffix in names}
+
+    def served_parts(self, name: str, bits: int | list[int]) -> dict[str, Tensor]:
+        """Packed parts of a nested weight that its width, or its experts' widths, need."""
+        assert self.nested is not None
+        widths = [bits] if isinstance(bits, int) else bits
+        names = stack_names(widths, self.nested["widths"], bool(self.nested.get("tied")))
+        return {suffix: self.stored(f"{name}.{suffix}") for suffix in names}
 
     def _float_state(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         shapes = float_shapes(self.family, self.headers.config)
@@ -123,17 +137,37 @@ class CheckpointSource:
             return self._finite(name, self._reader.load(name, torch.float32))
         bits = self.width_of(name)
         assert bits is not None
-        segments = stack_names([bits] if isinstance(bits, int) else bits, self.nested["widths"])
-        parts = {suffix: self._reader.load(f"{name}.{suffix}") for suffix in segments}
         companding = self.nested.get("companding", {}).get(name, 1.0)
+        parts = self.served_parts(name, bits)
         if isinstance(bits, int):
             return self._finite(name, dequantize(parts, bits, companding))
-        return self._finite(name, dequantize_stack(parts, bits, companding))
+        return self._finite(name, _dequantize_stack(parts, bits, companding))
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if self._check:
             check_finite(name, tensor, path=self._reader.path(name) if not self.nested else None)
         return tensor
+
+
+def _dequantize_stack(
+    parts: Mapping[str, Tensor], bits_E: Sequence[int], companding: float = 1.0
+) -> Tensor:
+    """Weights of a stack whose experts have widths of their own: float32 (E, N, K).
+
+    Args:
+        parts: what `stack_names` lists for `bits_E`, of all experts.
+        bits_E: width of every expert.
+        companding: of this weight, see `COMPANDED`.
+
+    Raises:
+        ValueError: a part is missing, or a width is not stored.
+    """
+    quarter = parts["plane_2"]
+    found = torch.empty(*quarter.shape[:-1], 4 * quarter.shape[-1], device=quarter.device)
+    for bits, experts in experts_by_width(bits_E).items():
+        own = {name: parts[name][experts] for name in segment_names(bits) if name in parts}
+        found[experts] = dequantize(own, bits, companding)
+    return found
 
 
 class UnitSource:

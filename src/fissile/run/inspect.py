@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fissile import families
-from fissile.families.artifact import PLANE_BITS, float_shapes, plan_summary
+from fissile.families.artifact import float_shapes, is_loaded, nested_parts, plan_summary
 from fissile.families.base import Family
 from fissile.families.table import ARTIFACT_TYPE
 from fissile.io.headers import CheckpointHeaders, checkpoint_folder, open_checkpoint_headers
@@ -108,6 +108,7 @@ def _artifact(headers: CheckpointHeaders, family: Family) -> dict[str, Any]:
         else:
             found["default_bits"] = config.get("bits") or max(nested["widths"])
         found["group_size"] = nested["group_size"]
+        found["tied_floats"] = bool(nested.get("tied"))
         found["nested_tensors"] = len(nested["modules"])
         found["by_width"] = _by_width(headers, nested, _nested_weights(headers, family))
     return found
@@ -141,20 +142,18 @@ def _by_width(
     headers: CheckpointHeaders, nested: dict[str, Any], weights: int
 ) -> list[dict[str, Any]]:
     """Bytes that a load at each width reads, and bits per nested weight, floats included."""
-    packed = dict.fromkeys(nested["widths"], 0)
+    widths, tied = nested["widths"], bool(nested.get("tied"))
+    packed = dict.fromkeys(widths, 0)
     total = floats = 0
-    suffixes = {f"{kind}_{width}" for kind in ("plane", "theta") for width in PLANE_BITS}
+    suffixes = {*nested_parts((8,), tuple(widths), 8, tied)}
     for name, (_, info) in headers.tensors.items():
         stem, _, suffix = name.rpartition(".")
         if suffix not in suffixes or stem not in nested["modules"]:
             floats += info.nbytes
             continue
         total += info.nbytes
-        kind, _, width = suffix.partition("_")
         for bits in packed:
-            below = kind == "plane" and int(width) < bits
-            if int(width) == bits or below or (bits > 4 and suffix == "theta_4"):
-                packed[bits] += info.nbytes
+            packed[bits] += info.nbytes * is_loaded(suffix, bits, widths, tied)
     rows = [
         {
             "bits": bits,

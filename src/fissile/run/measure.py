@@ -230,7 +230,8 @@ class Measurements:
             else:
                 of = "dense" if name == "quantized_dense" else "converted"
                 method = "nested" if of == "dense" else name
-                size = self._size(int(rest), of)
+                tied = method == "nested" and self.recipe.quantize.tied
+                size = self._size(int(rest), of, tied)
                 widths.append({"method": method, "bits": int(rest), "of": of, **size} | score)
         return {
             "dense": scores["dense"],
@@ -273,7 +274,7 @@ class Measurements:
         nested = {"modules": list(groups), "group_size": group_size, "groups": groups}
         return self.context.source.config.to_dict(), nested
 
-    def _size(self, bits: int | None, of: str = "converted") -> dict[str, Any]:
+    def _size(self, bits: int | None, of: str = "converted", tied: bool = False) -> dict[str, Any]:
         """Bytes that a load holds, and bits per weight of what was quantized, floats included."""
         fields = models.load_config(self.context.out / "model").to_dict()
         nested = fields["nested"] or {"modules": [], "group_size": 1, "groups": {}}
@@ -286,7 +287,7 @@ class Measurements:
                 total += 2 * count
                 continue
             group = nested["groups"].get(name, nested["group_size"])
-            packed += loaded_bytes(shape, group, bits)
+            packed += loaded_bytes(shape, group, bits, self.recipe.quantize.widths, tied)
             weights += count
         per_weight = 8 * packed / weights if weights else 16.0
         return {"bytes": total + packed, "bits_per_weight": per_weight}

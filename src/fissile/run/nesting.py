@@ -58,6 +58,7 @@ def nested_solver(settings: Quantize, seed: int) -> Solver:
             damp=settings.damp,
             seed=seed,
             targets=targets,
+            tied=settings.tied,
         )
 
     def table(weight: Tensor, evidence: Evidence, group: int) -> float:
@@ -110,7 +111,7 @@ def _decoupleq(settings: Quantize, bits: int, seed: int) -> Solver:
 
 def baseline_solver(kind: Baseline, bits: int, settings: Quantize, seed: int) -> Solver:
     """A solver for one width alone, to compare the nested code with."""
-    single = settings.model_copy(update={"widths": (bits,)})
+    single = settings.model_copy(update={"widths": (bits,), "tied": False})
     if kind == "dedicated":
         return nested_solver(single, seed)
     if kind == "decoupleq":
@@ -224,6 +225,8 @@ def artifact_tensors_of(
         }
         if companding:
             nested["companding"] = companding
+        if settings.tied:
+            nested["tied"] = True
         if mixed is not None:
             nested["mixed"] = mixed
         config = with_nested(source.config, nested, settings.widths[-1])

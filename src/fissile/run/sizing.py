@@ -9,7 +9,7 @@ from typing import Any
 from fissile import families
 from fissile.config import Quantize, Recipe
 from fissile.errors import UsageError
-from fissile.families.artifact import float_shapes, nested_parts
+from fissile.families.artifact import float_shapes, is_loaded, nested_parts
 from fissile.families.base import Family
 from fissile.families.names import attention_shapes
 from fissile.families.sizes import ExpertSizes, expert_sizes, fitting_group
@@ -68,16 +68,12 @@ def artifact_sizes(recipe: Recipe, family: Family, config: dict[str, Any]) -> Si
         if group != wanted.group_size:
             small[name] = group
         weights += prod(shape)
-        for part, (dtype, size) in nested_parts(shape, widths, group).items():
+        for part, (dtype, size) in nested_parts(shape, widths, group, wanted.tied).items():
             count = prod(size) * (2 if dtype == "I16" else 1)
             stored += count
             layers += count
-            kind, _, width = part.partition("_")
             for bits in widths:
-                # Planes are cumulative, floats belong to one width; 6 and 8 bits add to 4.
-                below = kind == "plane" and int(width) < bits
-                if int(width) == bits or below or (bits > 4 and part == "theta_4"):
-                    packed[bits] += count
+                packed[bits] += count * is_loaded(part, bits, widths, wanted.tied)
     loaded = {bits: count + floats for bits, count in packed.items()}
     per_weight = {bits: 8 * count / weights for bits, count in packed.items() if weights}
     return Sizes(stored + floats, layers, loaded or {0: floats}, per_weight, kept, small, weights)

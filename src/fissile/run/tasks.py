@@ -75,10 +75,10 @@ def tune_task(
         budget that of the mix found too.
 
     Raises:
-        UsageError: no artifact with nested weights, too little text, or a budget that is below the
-            narrowest widths.
+        UsageError: no artifact with nested weights, or one whose floats are tied, too little text,
+            or a budget that is below the narrowest widths.
     """
-    source = _artifact(folder)
+    source = _trainable(folder)
     sizes, weights = _sizes(source)
     limit = None if budget is None else budget_bytes(budget, weights)
     layers = [_layer(source, i) for i in range(source.config.num_base_layers)]
@@ -197,6 +197,16 @@ def _artifact(folder: Path) -> CheckpointSource:
     source = CheckpointSource(checkpoint_folder(folder))
     if source.nested is None:
         raise UsageError(f"{folder}: no artifact with bit-nested weights; see fissile quantize")
+    return source
+
+
+def _trainable(folder: Path) -> CheckpointSource:
+    source = _artifact(folder)
+    if source.nested is not None and source.nested.get("tied"):
+        raise UsageError(
+            f"{folder}: its narrower widths' floats are tied to the widest's: fitted, not trained;"
+            " quantize with quantize.tied=false"
+        )
     return source
 
 

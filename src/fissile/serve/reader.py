@@ -39,7 +39,7 @@ class Segment:
 
     Args:
         weight: "gate_up_proj" or "down_proj".
-        part: "plane_2", "theta_2" ...; empty for float weights.
+        part: "plane_2", "theta_2", "tied_2" ...; empty for float weights.
         path: the file.
         offset: of the first byte in the file.
         dtype: safetensors name.
@@ -141,13 +141,14 @@ class ExpertFiles:
                 raise UsageError(f"{self.folder}: bits {widths[-1]}: its experts are floats")
             return (("",),)
         needed: set[str] = set()
+        tied = bool(nested.get("tied"))
         for width in widths:
             if width not in nested["widths"]:
                 held = ", ".join(map(str, nested["widths"]))
                 raise UsageError(f"{self.folder}: bits {width}: it holds {held}")
-            needed |= set(segment_names(width, nested["widths"]))
+            needed |= set(segment_names(width, nested["widths"], tied))
         planes: list[tuple[str, ...]] = []
-        for name in stored_names(nested["widths"]):
+        for name in stored_names(nested["widths"], tied):
             if name in needed and name.startswith("plane"):
                 planes.append((name,))
             elif name in needed:

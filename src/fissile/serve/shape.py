@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from fissile.errors import UnsupportedModel
+from fissile.families.artifact import tied_base
 from fissile.io.headers import open_checkpoint_headers
 from fissile.serve.trace import ModelShape
 
-_NESTED = re.compile(r"\.(plane|theta)_(\d+)$")
+_NESTED = re.compile(r"\.(plane|theta|tied)_(\d+)$")
 
 
 def model_shape(folder: Path, layers: Sequence[int], experts: int, top_k: int) -> ModelShape:
@@ -32,6 +33,7 @@ def model_shape(folder: Path, layers: Sequence[int], experts: int, top_k: int) -
     planes: dict[int, dict[int, int]] = {layer: {} for layer in layers}
     count = {"expert": 0.0, "rest": 0.0, "bytes": 0.0}
     share = _member_share(headers.config, experts)
+    entry = headers.config.get("nested") or {}
     for name, (_, info) in headers.tensors.items():
         number = re.search(r"\.(\d+)\.", name)
         layer = int(number.group(1)) if number else -1
@@ -43,7 +45,7 @@ def model_shape(folder: Path, layers: Sequence[int], experts: int, top_k: int) -
         if nested is not None:
             weights = 4 * info.nbytes if nested.group(0) == ".plane_2" else 0
         if ".experts." in name or ".mlp.pool." in name:
-            plane = int(nested.group(2)) - 2 if nested else 0
+            plane = _plane(nested, entry) if nested else 0
             part = share if ".mlp.pool." in name else 1 / experts
             planes[layer][plane] = planes[layer].get(plane, 0) + round(info.nbytes * part)
             count["expert"] += weights * part
@@ -74,6 +76,13 @@ def model_shape(folder: Path, layers: Sequence[int], experts: int, top_k: int) -
         layer_flops=2 * count["rest"] / depth,
         kv_bytes=4.0 * heads * wide,
     )
+
+
+def _plane(part: re.Match[str], entry: Mapping[str, Any]) -> int:
+    """Place in load order of the plane that a part of a nested weight is read with."""
+    # Floats that narrower widths are tied to are needed with the first.
+    first = f".theta_{tied_base(entry['widths'])}" if entry.get("tied") else None
+    return 0 if part.group(0) == first else int(part.group(2)) - 2
 
 
 def _member_share(config: dict[str, Any], experts: int) -> float:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fissile.io.reader import TensorReader
-from fissile.kernels.layout import part_shape
 from fissile.models.nested_fissile import NestedTensor
 
 Cut = Literal["whole", "rows", "halves", "inputs"]
@@ -77,10 +76,7 @@ class Shard(NestedTensor):
             rows = ranks.span(rows, name)[1]
         self.shape = (*lead, rows, inputs)
         self.stored_group, self.group_size = whole.group_size, math.gcd(whole.group_size, inputs)
-        for segment in self.segments:
-            dtype = torch.int16 if segment.startswith("theta") else torch.uint8
-            size = part_shape(segment, self.shape, self.group_size)
-            self.register_buffer(segment, torch.zeros(size, dtype=dtype))
+        self.register_segments()
 
     def read(self, reader: TensorReader, device: torch.device) -> None:
         """Read the planes and floats of the served width, and no others.
@@ -108,7 +104,7 @@ class Shard(NestedTensor):
         """This process's share of a stored part.
 
         Args:
-            part: plane (..., N, bytes) or theta (..., N, G, 2).
+            part: plane (..., N, bytes), theta (..., N, G, 2) or tied (..., N, 3).
             segment: its name.
         """
         if self.cut == "whole" or self.ranks.size == 1:
@@ -116,6 +112,8 @@ class Shard(NestedTensor):
         theta = segment.startswith("theta")
         row_axis = part.ndim - (3 if theta else 2)
         if self.cut == "inputs":
+            if segment.startswith("tied"):
+                return part  # of whole rows
             begin, _ = self.ranks.span(self.stored_shape[-1], self.name)
             if not theta:
                 lanes = self.stored_shape[-1] // part.shape[-1]
