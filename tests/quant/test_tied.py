@@ -27,7 +27,7 @@ from fissile.quant.nested import NestedWeight
 from fissile.quant.residual import with_residual
 from fissile.quant.soft import SoftFloats
 
-LAMBDA = torch.tensor([4.0 * 16, 64.0, 256.0], dtype=torch.float64)
+LAMBDA = torch.tensor([2.5 * 16, 64.0, 256.0], dtype=torch.float64)
 
 
 def root(hessian: Tensor) -> np.ndarray:
