@@ -170,7 +170,7 @@ def quantizers() -> str:
     )
     return table(["", "bits", "group", "bits a weight", "gap"], lines) + (
         "\n\nGap: mean over domains of ln ppl - ln ppl(dense). Ours at effort best; auto-round with"
-        f" zero points and 200 steps. One seed in the table; 2 bits at seeds 0, 1 and so on: {more}."
+        f" zero points and 200 steps. Seed 0; 2 bits at seeds 0, 1 and so on: {more}."
     )
 
 
