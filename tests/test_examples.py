@@ -64,7 +64,7 @@ def test_own_domains(demo_model: Path, tmp_path: Path) -> None:
 def test_nested_widths(demo_model: Path, text_file: Path, tmp_path: Path) -> None:
     """One artifact; each width holds more bytes than the last and predicts better than 2 bits."""
     words: list[str | Path] = ["--model", demo_model, "--out", tmp_path / "w", "--data", text_file]
-    out = output_of("nested_widths.py", *words, "--tokens", "2048")
+    out = output_of("nested_widths.py", *words, "--tokens", "8192")
     rows = re.findall(r"^(\d) bits: ([\d.]+) MB in memory, ppl ([\d.]+), '", out, re.M)
     bits, held, ppl = ([float(row[i]) for row in rows] for i in range(3))
     assert bits == [2, 3, 4]

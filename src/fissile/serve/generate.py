@@ -131,9 +131,9 @@ def _plan(headers: CheckpointHeaders, nested: Mapping[str, Any] | None) -> list[
     Raises:
         UsageError: an expert's two weights differ in width, and it is read as a whole.
     """
-    config = FissileConfig.from_dict(headers.config)
-    if nested is None or config.bits is not None or not nested.get("mixed"):
+    if nested is None or headers.config.get("bits") is not None or not nested.get("mixed"):
         return None
+    config = FissileConfig.from_dict(headers.config)
     found: list[list[int]] = []
     for layer in range(config.num_base_layers):
         names = [f"model.layers.{layer}.mlp.experts.{weight}" for weight in WEIGHTS]
