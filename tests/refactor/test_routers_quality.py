@@ -78,7 +78,7 @@ def layer(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Layer:
     build_corpus(folder)
     dense = StreamedModel(CheckpointSource(demo_model))
     tokenizer, inputs = load_tokenizer(demo_model), []
-    for name, tokens in (("calibration", 8192), ("heldout", 4096)):
+    for name, tokens in (("calibration", 8192), ("heldout", 12288)):
         documents = read_documents(folder / f"{name}.jsonl")
         ids, _, _ = sample_windows(documents, tokenizer, tokens, CONTEXT, 0, config=dense.config)
         hidden = dense.embed(ids)
