@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
@@ -75,7 +76,10 @@ def english() -> Iterator[SourceItem]:
 
     for name, text in topics.topics.items():
         yield SourceItem(f"pydoc_data/topics/{name}", partial(str, text))
-    for distribution in metadata.distributions():
+    # Where packages are installed, no more: a module at work may have put folders of its own in
+    # the path (setuptools does so with the packages it carries), which would change the text.
+    places = [p for p in sys.path if Path(p).name in {"site-packages", "dist-packages"}]
+    for distribution in metadata.distributions(path=places):
         name = distribution.metadata["Name"]
         if name:
             yield SourceItem(f"metadata/{name.lower()}", partial(_description, distribution))
