@@ -88,13 +88,14 @@ class _Work(NamedTuple):
     block_steps: int
     tune_steps: int
     companding: float | None
+    generated: int
 
 
 # What an effort means where the recipe leaves it out.
 _EFFORT_WORK = {
-    "fast": _Work(0.0, 0, 0, 1.0),
-    "balanced": _Work(0.5, 10, 0, 1.0),
-    "best": _Work(0.5, 100, 120, None),
+    "fast": _Work(0.0, 0, 0, 1.0, 0),
+    "balanced": _Work(0.5, 10, 0, 1.0, 0),
+    "best": _Work(0.5, 100, 120, None, 2),
 }
 
 
@@ -147,6 +148,12 @@ class Quantize(Strict):
         None, description="mixed widths: bits per quantized weight (2.6bpw) or bytes (4GiB)"
     )
     tokens: int = Field(65536, gt=0, description="calibration tokens for the Hessians")
+    generated: int = Field(
+        0,
+        ge=0,
+        description="windows that the dense model writes itself, for each of the calibration text:"
+        " more to train on; needs that model in memory, in bfloat16; left out: by effort",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -155,12 +162,12 @@ class Quantize(Strict):
             return data
         work = _EFFORT_WORK[data.get("effort", "balanced")]
         if data.get("tied") is True:  # fitted, not trained
-            work = work._replace(block_steps=0, tune_steps=0)
+            work = work._replace(block_steps=0, tune_steps=0, generated=0)
+        if data.get("method") == "decoupleq":  # as published: the text alone, no tuning
+            work = work._replace(tune_steps=0, generated=0)
         filled: dict[str, Any] = {"blend": work.blend, "companding": work.companding}
-        filled |= {"block": {}, "tune": {}, **data}
-        # decoupleQ ends with its block stage.
-        tuned = 0 if data.get("method") == "decoupleq" else work.tune_steps
-        for name, steps in (("block", work.block_steps), ("tune", tuned)):
+        filled |= {"generated": work.generated, "block": {}, "tune": {}, **data}
+        for name, steps in (("block", work.block_steps), ("tune", work.tune_steps)):
             if isinstance(filled[name], dict):
                 filled[name] = {"steps": steps} | filled[name]
         return filled

@@ -21,6 +21,7 @@ from fissile.quant.baselines import rtn
 from fissile.run import peers_driver
 from fissile.run.peers import Job, decode, gap_of, read_weights, replaced, stored_bits
 from fissile.run.peers_env import ensure, failure, installed
+from fissile.run.peers_own import Ours, OwnJob
 from fissile.run.peers_plot import markdown, plot
 from fissile.run.peers_table import Measured, table
 
@@ -312,6 +313,16 @@ def test_refusals_are_one_line(run_cli: Cli, tiny_model: Path, tmp_path: Path) -
         assert err.count("\n") == 1
 
 
+def test_what_each_of_ours_is_trained_on() -> None:
+    def told(system: Ours) -> tuple[int, bool, bool]:
+        found = OwnJob(system, "best", (2,), 64, 0).settings(4096, "bfloat16")
+        return found.generated, found.block.steps > 0, found.tune.steps > 0
+
+    assert told("dedicated") == told("nested") == (2, True, True)
+    # As published: the calibration text alone, and no training of the whole model.
+    assert told("decoupleq") == (0, True, False)
+
+
 def test_ours_beside_a_peer_that_ran_and_one_that_did_not(
     run_cli: Cli, tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -328,6 +339,8 @@ def test_ours_beside_a_peer_that_ran_and_one_that_did_not(
     assert rows["hqq"]["bits_per_weight"] == rows["rtn"]["bits_per_weight"] == 5.0
     assert rows["rtn"]["best_peer"] == "hqq"
     assert rows["rtn"]["seconds"] > 0
+    assert rows["dedicated"]["settings"]["block"] == {"steps": 0}
+    assert "settings" not in rows["rtn"]
     assert "--set environment=DIR" in rows["auto-round"]["missing"]
     assert "auto-round" in (tmp_path / "peers.md").read_text()
     assert (tmp_path / "peers.svg").stat().st_size > 1000

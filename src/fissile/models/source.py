@@ -201,12 +201,13 @@ class MemorySource:
         return {k: v for k, v in self._state.items() if not k.startswith(LAYER)}
 
 
-def load_source(source: StateSource) -> FissileForCausalLM:
-    """The whole model of a source in memory: float32, evaluation mode, copies of all tensors."""
-    state = {name: tensor.clone() for name, tensor in source.outer_state().items()}
+def load_source(source: StateSource, dtype: torch.dtype = torch.float32) -> FissileForCausalLM:
+    """The whole model of a source in memory: evaluation mode, copies of all tensors in a type."""
+    outer = source.outer_state()
+    state = {name: tensor.to(dtype, copy=True) for name, tensor in outer.items()}
     for i in range(source.config.num_base_layers):
-        layer = source.layer_state(i)
-        state |= {f"{LAYER}{i}.{name}": tensor.clone() for name, tensor in layer.items()}
+        for name, tensor in source.layer_state(i).items():
+            state[f"{LAYER}{i}.{name}"] = tensor.to(dtype, copy=True)
     return filled(empty_model(source.config), state)
 
 

@@ -28,6 +28,8 @@ class Costs:
         solver_chunk: bytes of the errors of one chunk of rows at all widths (2^25 float32).
         solver_buffers: buffers of about that size that are alive at once.
         expert_hessians: bytes of experts' Hessians in float64 that are alive at once.
+        written_windows: most windows that the dense model writes at once.
+        written_cache: most bytes of keys and values while the dense model writes text.
         store_copies: bytes per weight of a linear while it is decoded and its loss measured.
         train_copies_d: activations of width D per layer that autograd keeps.
         train_copies_f: activations of width F per layer that autograd keeps.
@@ -49,6 +51,8 @@ class Costs:
     solver_chunk: float = 134e6
     solver_buffers: float = 3.0
     expert_hessians: float = 2.0**30
+    written_windows: int = 64
+    written_cache: float = 2.0**30
     store_copies: float = 16.0
     train_copies_d: float = 14.0
     train_copies_f: float = 5.0

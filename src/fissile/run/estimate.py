@@ -250,14 +250,15 @@ class Estimator:
         forward = self._forward(batch, context) + 8 * largest
         moments = max(forward, adding, *(self._solving(*x) for x in linears)) + drifted
         memory = (
-            self._streamed(wanted.tokens)
+            self._streamed(wanted.tokens * (1 + wanted.generated))
             | self._dense_held()
             | {
                 "moments and solver": max(moments, self._training_a_block()),
                 "packed layer": 2.0 * self.shape.layer_bytes,
             }
         )
-        layers, tokens, disk = self.shape.dims.layers, wanted.tokens, self.shape.artifact_bytes
+        layers, disk = self.shape.dims.layers, self.shape.artifact_bytes
+        tokens = wanted.tokens * (1 + wanted.generated)
         if beside:
             # A stream for every width, the float model and its outputs: in files.
             memory["stream"] = 0.0
@@ -271,7 +272,21 @@ class Estimator:
         trained = wanted.block.steps * len(linears) * len(base) * 3 * wanted.block.batch_tokens
         passes += self._pass(trained, context)
         work = passes + layers * (products + entries * self._solver_products())
+        if wanted.generated:
+            work += self._pass(wanted.tokens * wanted.generated, context)
+            memory = max(memory, self._writing(), key=lambda terms: sum(terms.values()))
         return self._cost("quantize", memory, disk, work)
+
+    def _writing(self) -> dict[str, float]:
+        """The dense model while it writes text, in bfloat16, and what it is read from."""
+        shape, size, dims = self.shape, self.costs.float_bytes, self.shape.dims
+        tokens = self.costs.written_windows * self.recipe.calibrate.context
+        cache = 4.0 * tokens * dims.layers * dims.kv_width
+        return {
+            "dense model": 2.0 * shape.total_weights + size * shape.outer_weights,
+            "layer": float(size * shape.layer_weights),
+            "keys and values": min(self.costs.written_cache, cache),
+        }
 
     def _tune(self) -> StageCost:
         """The quantized model, its teacher, and the floats of all widths in training."""
@@ -293,10 +308,11 @@ class Estimator:
             * (dims.layers * dims.hidden + copies + 2.0 * dims.heads * context),
             "logits": costs.logit_copies * size * tokens * dims.vocab,
         }
-        kept = wanted.tokens * (settings.teacher_top_k * (4 if dims.vocab <= 1 << 16 else 6) + 4)
+        seen = wanted.tokens * (1 + wanted.generated)
+        kept = seen * (settings.teacher_top_k * (4 if dims.vocab <= 1 << 16 else 6) + 4)
         read = settings.steps * tokens * len(wanted.widths)
         # Every layer runs forward twice.
-        work = (8.0 * read + 2.0 * wanted.tokens) * (weights + dims.vocab * dims.hidden)
+        work = (8.0 * read + 2.0 * seen) * (weights + dims.vocab * dims.hidden)
         return self._cost("tune", memory, kept + 3 * size * floats, work)
 
     def _training_a_block(self) -> float:

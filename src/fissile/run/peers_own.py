@@ -14,6 +14,8 @@ from fissile.io.publish import atomic_write_json
 from fissile.refactor.training import Progress
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fissile.quant.layers import QuantizedLayer
     from fissile.quant.solvers import Solver
     from fissile.run.peers_data import Material
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 Ours = Literal[Baseline, "nested", "nested-residual"]
 Effort = Literal["fast", "balanced", "best"]
 _BATCH_TOKENS = 8192
+_TUNED = ("dedicated", "nested", "nested-residual")
+"""Systems that are trained as a whole at the end, and on text that the model writes itself."""
+_TOLD: dict[str, Any] = {"block": {"steps"}, "tune": {"steps"}}
+_TOLD |= dict.fromkeys(("effort", "blend", "generated"), True)
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,10 @@ class OwnJob:
         given: dict[str, Any] = {"widths": self.widths, "group_size": self.group_size}
         given |= {"effort": self.effort} if self.effort else {}
         trained = {"precision": precision}
-        return Quantize.model_validate(
-            {"tokens": tokens, "block": trained, "tune": trained, **given}
-        )
+        given |= {"tokens": tokens, "block": trained, "tune": trained}
+        if self.system not in _TUNED:
+            given |= {"generated": 0, "tune": {"steps": 0}}
+        return Quantize.model_validate(given)
 
 
 def read_own(job: OwnJob, root: Path) -> dict[int, dict[str, Any]] | None:
@@ -98,8 +105,8 @@ def score_own(
     folder, settings = job.folder(material.root), job.settings(material.tokens, precision)
     whole = not (folder / "units").exists()
     store = UnitStore(folder / "units")
-    ids_NS, _ = material.windows(job.seed)
     began, processor = time.perf_counter(), time.process_time()
+    ids_NS = _text(job, material, settings, progress)
     layers = quantize_model(
         StreamedModel(material.source),
         ids_NS,
@@ -107,12 +114,14 @@ def score_own(
         group_size=job.group_size,
         attention=True,
         batch_tokens=_BATCH_TOKENS,
+        measured=len(ids_NS) // (1 + settings.generated),
         store=store,
         progress=progress,
     )
     count = sum(1 for _ in layers)
-    if settings.tune.steps and job.system in ("dedicated", "nested", "nested-residual"):
-        targets = UnitStore(material.root / "teacher" / f"seed_{job.seed}")
+    if settings.tune.steps:
+        windows = f"seed_{job.seed}_{len(ids_NS)}_windows"
+        targets = UnitStore(material.root / "teacher" / windows)
         Tuning(material.source, ids_NS, settings, job.seed, targets, progress).run(
             material.source, store
         )
@@ -123,9 +132,20 @@ def score_own(
     for bits in job.widths:
         rows[bits] = material.score(decoded(material.source, iter(solved), bits), job.seed)
         rows[bits]["bits_per_weight"] = _bits(solved, bits)
+        rows[bits] |= {"settings": settings.model_dump(include=_TOLD)} if job.effort else {}
         rows[bits] |= spent if whole else {}
     atomic_write_json(folder / "score.json", rows)
     return rows
+
+
+def _text(job: OwnJob, material: Material, settings: Quantize, progress: Progress) -> Tensor:
+    """Calibration windows, and those that the model writes, which all jobs of a seed share."""
+    from fissile.io.units import UnitStore
+    from fissile.run.generated import with_generated
+
+    ids_NS, _ = material.windows(job.seed)
+    store = UnitStore(material.root / "text" / f"seed_{job.seed}")
+    return with_generated(material.source, ids_NS, settings.generated, job.seed, store, progress)
 
 
 def _solver(job: OwnJob, settings: Quantize) -> Solver:

@@ -371,6 +371,8 @@ def _router_warnings(
 def _way_out(stage: StageCost) -> str:
     if stage.stage == "tune":
         return " (set quantize.tune.steps=0 to leave it out)"
+    if "dense model" in stage.memory:
+        return " (set quantize.generated=0 to train on the given text alone)"
     if "student and teacher" in stage.memory:
         return " (set recover.method=none to re-fit only)"
     if stage.memory.get("activations", 0) > stage.peak / 3:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fissile.config import Baseline, Recipe
+from fissile.config import Baseline, Quantize, Recipe
 from fissile.quant.solvers import Solver
 from fissile.run.nesting import baseline_solver, nested_solver
 
@@ -32,6 +32,10 @@ class Job:
         if self.baseline is None or self.bits is None:
             return nested_solver(recipe.quantize, recipe.seed)
         return baseline_solver(self.baseline, self.bits, recipe.quantize, recipe.seed)
+
+    def generated(self, settings: Quantize) -> int:
+        """Windows written for each of the text; those of others know the text alone."""
+        return settings.generated if self.baseline in (None, "dedicated") else 0
 
     def task(self) -> dict[str, Any]:
         """A call to the other processes."""

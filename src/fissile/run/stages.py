@@ -29,6 +29,7 @@ from fissile.run.context import RunContext
 from fissile.run.distil import distil_along
 from fissile.run.experts import Experts, build_experts, static_bias, static_layer
 from fissile.run.extraction import Calibrated, layer_sizes, partitions_of
+from fissile.run.generated import with_generated
 from fissile.run.ledger import Event
 from fissile.run.nesting import artifact_tensors_of, origin_of
 from fissile.run.rivals import RIVALS, rival_experts
@@ -301,13 +302,24 @@ class Stages:
         """Train the floats of any quantized model whose layers lie in a store."""
         work = Tuning(
             self.context.source,
-            pick_windows(self.windows, self.recipe.quantize.tokens).ids_NS,
+            self.quantize_windows(self.recipe.quantize.generated),
             self.recipe.quantize,
             self.recipe.seed,
             self.context.journal.store("tune/teacher"),
             self.context.tick,
         )
         return work.run(source, self.context.journal.store(unit))
+
+    def quantize_windows(self, generated: int) -> Tensor:
+        """Windows of the text, and as many times more that the dense model writes, int64."""
+        return with_generated(
+            self.context.source,
+            pick_windows(self.windows, self.recipe.quantize.tokens).ids_NS,
+            generated,
+            self.recipe.seed,
+            self.context.journal.store("quantize/text"),
+            self.context.tick,
+        )
 
     def source_of(self, job: Job) -> StateSource:
         """The float model that is quantized."""
@@ -321,14 +333,16 @@ class Stages:
         if workers.main and all(store.has(f"layer_{i:03d}") for i in layers):
             yield from (read_layer(store, i) for i in layers)
             return
+        ids_NS = self.quantize_windows(generated := job.generated(settings))
         workers.call(job.task())
         yield from quantize_model(
             StreamedModel(source),
-            pick_windows(self.windows, settings.tokens).ids_NS,
+            ids_NS,
             job.solver(self.recipe),
             group_size=settings.group_size,
             attention=settings.attention,
             batch_tokens=self.recipe.calibrate.batch_tokens,
+            measured=len(ids_NS) // (1 + generated),
             store=store,
             progress=self.context.tick,
             workers=workers,
