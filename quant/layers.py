@@ -97,7 +97,6 @@ def quantize_model(
     group_size: int,
     attention: bool,
     batch_tokens: int,
-    measured: int | None = None,
     store: UnitStore | None = None,
     progress: Progress | None = None,
     workers: Workers | None = None,
@@ -111,7 +110,6 @@ def quantize_model(
         group_size: inputs that share a scale and zero, reduced where it does not divide a width.
         attention: quantize attention projections too, not only FFNs.
         batch_tokens: tokens per forward pass.
-        measured: windows, the first, that Hessians are measured on; blocks are trained on all.
         store: finished layers are kept here and not computed again.
         progress: called as (stage, done, total, detail).
         workers: processes that call this together on one store, which the main one writes. Each
@@ -122,26 +120,28 @@ def quantize_model(
     beside = solver.drift or trains or solver.sensitivity
     # Without targets from the float model all widths calibrate on the widest one's path.
     widths = solver.widths if beside else solver.widths[-1:]
-    kept: dict[str, Any] = {"floats": beside, "folder": store.folder, "measured": measured}
-    streams = Streams(model, ids_NS, widths, batch_tokens, workers=workers, **kept)
+    kept_at: dict[str, Any] = {"floats": beside, "folder": store.folder, "workers": workers}
+    streams = Streams(model, ids_NS, widths, batch_tokens, **kept_at)
     for i in range(model.num_layers):
-        layer = model.layer(i)
-        reference = model.layer(i) if beside or solver.residual else None
+        needed = beside or solver.residual
+        layer, reference = model.layer(i), model.layer(i) if needed else None
         if workers.agreed(store.has(unit := f"layer_{i:03d}")):
             result = read_layer(store, i)
         else:
+            names = planned_names(model, layer, group_size, attention)
             trainer = None
-            if trains and reference is not None:
-                names = planned_names(model, layer, group_size, attention)
-                trainer = _trainer(layer, names, reference, streams, i, solver)
+            if trains and solver.block is not None and reference is not None:
+                data = _block_data(streams, reference, i, solver)
+                args = (solver.block, solver.seed + i, solver.moving, workers)
+                trainer = BlockTrainer(layer, names, data, *args)
             worker = LayerWorker(layer, i, reference, streams, solver, group_size, trainer)
             groups = model.config.backbone["attention"] if attention else []
             result = _packed(worker.quantize(groups), layer, trainer)
             if solver.sensitivity and reference is not None:
                 shared = sharing(list(result.groups), model.config.backbone["attention"])
-                every = (*solver.widths, *solver.residual)
+                widths_of = (*solver.widths, *solver.residual)
                 result.sensitivity = sensitivity(
-                    reference, shared, every, result.decode, streams, i
+                    reference, shared, widths_of, result.decode, streams, i
                 )
             if workers.main:
                 store.save(unit, result.tensors(), result.record())
@@ -169,30 +169,22 @@ def planned_names(
     return [name for name in names if fitting_group(own[name].shape[-1], group_size)]
 
 
-def _trainer(
-    layer: FissileDecoderLayer,
-    names: list[str],
-    reference: FissileDecoderLayer,
-    streams: Streams,
-    layer_idx: int,
-    solver: Solver,
-) -> BlockTrainer:
-    """The block stage of a layer: every width's stream goes in, the float model's output is due."""
+@torch.no_grad()
+def _block_data(
+    streams: Streams, reference: FissileDecoderLayer, layer_idx: int, solver: Solver
+) -> BlockData:
+    """What the block stage trains on: every width's stream, the float model's output."""
     assert streams.float_NSD is not None
-    assert solver.block is not None
     target_NSD = streams.empty()
-    with torch.no_grad():
-        for part, (x, route) in zip(streams.own, streams.batches(None, layer_idx), strict=True):
-            target_NSD[part] = reference(x, route, streams.context(x))
+    for part, (x, route) in zip(streams.own, streams.batches(None, layer_idx), strict=True):
+        target_NSD[part] = reference(x, route, streams.context(x))
     streams.exchange(target_NSD)
-    data = BlockData(
+    return BlockData(
         streams.hidden,
         target_NSD,
         lambda windows: streams.route_of(layer_idx, windows),
         streams.context,
     )
-    seed = solver.seed + layer_idx
-    return BlockTrainer(layer, names, data, solver.block, seed, solver.moving, streams.workers)
 
 
 def _packed(

@@ -29,7 +29,6 @@ class Streams:
     Attributes:
         slices: batches of windows, in order.
         own: those of them that this process sends through layers.
-        measured: windows, the first, that Hessians are measured on.
 
     Args:
         model: float model.
@@ -39,7 +38,6 @@ class Streams:
         floats: keep the float model's stream too.
         folder: several streams lie in files there; None keeps all in memory.
         workers: processes that share the windows.
-        measured: see there; all windows without it.
     """
 
     def __init__(
@@ -52,29 +50,21 @@ class Streams:
         floats: bool,
         folder: Path | None = None,
         workers: Workers | None = None,
-        measured: int | None = None,
     ) -> None:
         self.model, self.workers = model, workers or Workers()
-        self.measured = len(ids_NS) if measured is None else measured
+        shares = [self.workers.share(len(ids_NS), rank) for rank in range(self.workers.count)]
         self._of_rank = [
-            list(self._batches_of(rank, ids_NS, batch_tokens)) for rank in range(self.workers.count)
+            [slice(part.start + p.start, part.start + p.stop) for p in found]
+            for part in shares
+            for found in [batches(ids_NS[part], batch_tokens)]
         ]
-        every = [part for parts in self._of_rank for part in parts]
-        self.slices = sorted(every, key=lambda part: part.start)
+        self.slices = [part for parts in self._of_rank for part in parts]
         self.own = self._of_rank[self.workers.rank]
         self.shape = (len(ids_NS), ids_NS.shape[1], model.config.hidden_size)
         self.folder = folder if len(widths) + floats > 1 else None
         self.hidden = {bits: self._embedded(ids_NS) for bits in widths}
         self.float_NSD = self._embedded(ids_NS) if floats else None
         self._routes = [model.routes(ids_NS[part]) for part in self.slices]
-
-    def _batches_of(self, rank: int, ids_NS: Tensor, batch_tokens: int) -> Iterator[slice]:
-        """A process's share of the windows that are measured, and of the others, in order."""
-        for begin, end in ((0, self.measured), (self.measured, len(ids_NS))):
-            share = self.workers.share(end - begin, rank)
-            first = begin + share.start
-            for part in batches(ids_NS[first : begin + share.stop], batch_tokens):
-                yield slice(first + part.start, first + part.stop)
 
     def empty(self) -> Windows:
         """Room for one more stream."""
@@ -108,20 +98,12 @@ class Streams:
         )
         return index, weights
 
-    def batches(
-        self, bits: int | None, layer_idx: int, *, measured: bool = False
-    ) -> Iterator[tuple[Tensor, Route | None]]:
-        """Hidden states (B, S, D) and route of this process's batches.
-
-        Args:
-            bits: width of the stream; None for the float model's.
-            layer_idx: whose routes.
-            measured: only batches that Hessians are measured on.
-        """
+    def batches(self, bits: int | None, layer_idx: int) -> Iterator[tuple[Tensor, Route | None]]:
+        """Hidden states (B, S, D) and route of this process's batches; float stream for None."""
         hidden = self.float_NSD if bits is None else self.hidden[bits]
         assert hidden is not None
         for part, route in zip(self.slices, self.routes(layer_idx), strict=True):
-            if part in self.own and not (measured and part.start >= self.measured):
+            if part in self.own:
                 yield hidden[part], route
 
     def first(self, count: int, layer_idx: int) -> Iterator[tuple[Tensor, Route | None]]:

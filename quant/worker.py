@@ -130,12 +130,12 @@ class LayerWorker:
     def _inputs(self, bits: int, tap: Tap) -> Iterator[tuple[Tensor, Tensor | None, Route | None]]:
         """Inputs (T, I) of a linear on one stream, the float model's, and the routes, by batch."""
         self.install(bits)
-        own = self.streams.batches(bits, self.layer_idx, measured=True)
+        own = self.streams.batches(bits, self.layer_idx)
         if self.reference is None or not self.solver.drift:
             for x_BSD, route in own:
                 yield tap(self.layer, x_BSD, route), None, route
             return
-        beside = self.streams.batches(None, self.layer_idx, measured=True)
+        beside = self.streams.batches(None, self.layer_idx)
         for (x_BSD, route), (y_BSD, _) in zip(own, beside, strict=True):
             yield tap(self.layer, x_BSD, route), tap(self.reference, y_BSD, route), route
 

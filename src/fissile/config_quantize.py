@@ -152,7 +152,8 @@ class Quantize(Strict):
         0,
         ge=0,
         description="windows that the dense model writes itself, for each of the calibration text:"
-        " more to train on; needs that model in memory, in bfloat16; left out: by effort",
+        " more to measure and train on; needs that model in memory, in bfloat16; left out: by"
+        " effort",
     )
 
     @model_validator(mode="before")

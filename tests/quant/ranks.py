@@ -41,7 +41,6 @@ def quantize(model: Path, out: Path, kind: str, workers: Workers) -> None:
         group_size=32,
         attention=True,
         batch_tokens=128,
-        measured=5 if kind == "whole" else None,
         store=UnitStore(out / kind),
         workers=workers,
     )

@@ -68,7 +68,6 @@ def quantized(
     store: UnitStore | None = None,
     count: int = LAYERS,
     windows: int | None = None,
-    measured: int | None = None,
 ) -> list[QuantizedLayer]:
     work = quantize_model(
         world.model,
@@ -77,7 +76,6 @@ def quantized(
         group_size=64,
         attention=True,
         batch_tokens=2048,
-        measured=measured,
         store=store,
     )
     return list(islice(work, count))
@@ -140,22 +138,6 @@ def test_several_widths_in_one_pass_and_a_resume_in_the_middle(
     assert errors[1] < 0.2 * errors[0]
     # The code of four bits more is solved against the whole Hessian of the original weights.
     assert errors[2] < 0.05 * errors[1], errors
-
-
-def test_hessians_see_the_measured_windows_and_training_sees_all(world: World) -> None:
-    solved = nested_solver(settings(blend=0.5), 0)
-    block = {"steps": 2, "batch_tokens": 512}
-    trained = nested_solver(settings(blend=0.5, block=block), 0)
-    for solver, same in ((solved, True), (trained, False)):
-        few = quantized(world, solver, windows=20)
-        more = quantized(world, solver, windows=32, measured=20)
-        everything = quantized(world, solver, windows=32)
-        codes = [[layer.parts for layer in found] for found in (few, more, everything)]
-        equal = [
-            all(torch.equal(a[k], b[k]) for a, b in zip(codes[1], other, strict=True) for k in a)
-            for other in (codes[0], codes[2])
-        ]
-        assert equal == [same, False]
 
 
 def trainer_of(

@@ -1,8 +1,9 @@
-"""Windows that the dense model writes itself, to train on beside those of real text.
+"""Windows that the dense model writes itself, beside the calibration windows of real text.
 
-The block stage and the tuning go over few windows many times, and learn what is peculiar to these
-windows too. What the model writes at temperature 1 has the model's own distribution, which is what
-shall be kept, and costs no text (LLM-QAT, arXiv 2305.17888, section 3.1).
+Hessians of few windows are noisy, and the block stage and the tuning, which go over them many
+times, learn what is peculiar to these windows. What the model writes at temperature 1 has the
+model's own distribution, which is what shall be kept, and costs no text (LLM-QAT, arXiv 2305.17888,
+section 3.1).
 
 Shapes: N windows, S tokens per window, B windows written at once.
 """

@@ -114,7 +114,6 @@ def score_own(
         group_size=job.group_size,
         attention=True,
         batch_tokens=_BATCH_TOKENS,
-        measured=len(ids_NS) // (1 + settings.generated),
         store=store,
         progress=progress,
     )

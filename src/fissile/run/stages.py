@@ -333,7 +333,7 @@ class Stages:
         if workers.main and all(store.has(f"layer_{i:03d}") for i in layers):
             yield from (read_layer(store, i) for i in layers)
             return
-        ids_NS = self.quantize_windows(generated := job.generated(settings))
+        ids_NS = self.quantize_windows(job.generated(settings))
         workers.call(job.task())
         yield from quantize_model(
             StreamedModel(source),
@@ -342,7 +342,6 @@ class Stages:
             group_size=settings.group_size,
             attention=settings.attention,
             batch_tokens=self.recipe.calibrate.batch_tokens,
-            measured=len(ids_NS) // (1 + generated),
             store=store,
             progress=self.context.tick,
             workers=workers,
