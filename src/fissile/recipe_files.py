@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -85,18 +85,24 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         RecipeError: unreadable, unknown keys (with a suggestion), values out of range.
     """
-    data = _read_chain(path, seen=())
-    for item in overrides or []:
-        _assign(data, item)
-    return parse_recipe(data, where=str(path))
+    return parse_recipe(_read_chain(path, seen=()), str(path), overrides or [])
 
 
-def parse_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
+def parse_recipe(
+    data: dict[str, Any], where: str = "recipe", overrides: Sequence[str] = ()
+) -> Recipe:
     """Validate a mapping; all mistakes are reported in one line, joined by "; ".
+
+    Args:
+        data: sections of a recipe; overrides go into it.
+        where: what a message names.
+        overrides: `KEY=VALUE` items put over it, keys with their section.
 
     Raises:
         RecipeError: unknown keys (with a suggestion) or values out of range.
     """
+    for item in overrides:
+        _assign(data, item)
     try:
         return Recipe.model_validate(data)
     except ValidationError as err:

@@ -142,6 +142,30 @@ def test_quantize_alone_equals_the_dense_model_closely(
     assert run_cli("quantize", tiny_model, "--out", out, *flags)[0] == 2
 
 
+def test_quantize_takes_any_key_of_its_section(
+    tiny_model: Path, text_file: Path, tmp_path: Path, run_cli: Cli
+) -> None:
+    def run(*items: str) -> tuple[int, str, str]:
+        flags = ["--tokens", "512", "--effort", "balanced", "--data", text_file, "--json", "-q"]
+        sets = [part for item in ("widths=[4]", *items) for part in ("--set", item)]
+        return run_cli("quantize", tiny_model, "--out", tmp_path / "nested", *flags, *sets)
+
+    for wrong, message in (
+        ("block.stepz=0", "block.stepz: unknown key; did you mean 'steps'"),
+        ("generated=-1", "generated"),
+        ("generated", "expected KEY=VALUE"),
+    ):
+        code, _, err = run(wrong)
+        assert code == 2
+        assert message in err
+        assert err.count("\n") == 1
+    code, text, err = run("block.steps=0", "group_size=32", "export.dtype=float32")
+    assert code == 2, err
+    code, text, err = run("block.steps=0", "group_size=32")
+    assert code == 0, err
+    assert set(json.loads(text)["relative_loss"]) == {"4"}
+
+
 def test_quantize_takes_a_routed_float_artifact(
     convert: Callable[..., Path], text_file: Path, tmp_path: Path, run_cli: Cli
 ) -> None:

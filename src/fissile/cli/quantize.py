@@ -42,6 +42,13 @@ def add_parser(subparsers: Subparsers) -> Parser:
     parser.add_argument("--budget", metavar="SIZE", help="mixed widths: 2.6bpw, 4GiB")
     parser.add_argument("--tokens", type=positive, metavar="N", help="calibration tokens")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key of the quantize section, e.g. block.precision=bfloat16 (repeatable)",
+    )
     add_download(parser)
     return parser
 
@@ -51,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     from fissile.recipe_files import parse_recipe
 
     given = {key: value for key in KEYS if (value := getattr(args, key)) is not None}
-    recipe = parse_recipe({"seed": args.seed, "quantize": given}, where="quantize")
+    keys = [f"quantize.{item}" for item in args.set]
+    recipe = parse_recipe({"seed": args.seed, "quantize": given}, "quantize", keys)
     from fissile.run.pipeline import quantize_checkpoint
     from fissile.run.together import follows
 
