@@ -8,15 +8,13 @@ A page of docs asks for one with `<!-- table: NAME -->`; in the README it stands
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "eval" / "results"
+import cost_tables
+from stored_results import ROOT, number, stored, table
 
 SYSTEMS = {
     "static_uniform": "static pruning, all layers alike",
@@ -45,7 +43,6 @@ OURS = {
     "gptq": "GPTQ, our code",
     "nested": "ours, 2, 3 and 4 bits in one code",
 }
-KERNELS = "<!-- kernels: from fissile bench kernels -->"
 STEPS = ("none", "refit", "trained")
 
 
@@ -72,24 +69,13 @@ def refreshed(markdown: str) -> str:
     )
 
 
-def stored(name: str) -> Any:
-    """Contents of eval/results/NAME.json."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def demo_routing() -> str:
     """Perplexity of the demo model at half of the FFN."""
     data = stored("demo")
     found = {(v["name"], v["recovery"]): v["ppl"] for v in data["variants"]}
     names = dict.fromkeys(v["name"] for v in data["variants"])
     rows = [
-        [SYSTEMS.get(n, n), *(_number(found.get((n, step)), 2) for step in STEPS)] for n in names
+        [SYSTEMS.get(n, n), *(number(found.get((n, step)), 2) for step in STEPS)] for n in names
     ]
     return table(["half of the FFN", "as converted", "re-fit", "trained"], rows) + (
         f"\n\nDense: {data['dense']['ppl']:.2f} (standard error over documents"
@@ -104,10 +90,10 @@ def demo_widths() -> str:
     found = {(w["method"], w["of"], w["bits"]): w for w in data["widths"]}
     bits = sorted({w["bits"] for w in data["widths"] if w["bits"]})
     rows = [
-        [label, *(_number(found[method, "converted", b]["ppl"], 2) for b in bits)]
+        [label, *(number(found[method, "converted", b]["ppl"], 2) for b in bits)]
         for method, label in METHODS.items()
     ]
-    dense = [_number(found["nested", "dense", b]["ppl"], 2) for b in bits]
+    dense = [number(found["nested", "dense", b]["ppl"], 2) for b in bits]
     rows.append(["nested, dense model without routing", *dense])
     nested = [found["nested", "converted", b] for b in bits]
     sizes = [f"{w['bits_per_weight']:g}" for w in nested]
@@ -153,7 +139,8 @@ def recovery() -> str:
 
 def quantizers() -> str:
     """Ours and rivals at equal text, bits per weight counted."""
-    rows = sorted(stored("quantizers")["rows"], key=lambda r: (r["bits"], r["gap"]))
+    data = stored("quantizers")
+    rows = sorted(data["rows"], key=lambda r: (r["bits"], r["gap"]))
     lines = [
         [
             f"**{OURS[row['system']]}**" if row["by"] == "fissile" else row["system"],
@@ -166,10 +153,9 @@ def quantizers() -> str:
     ]
     more = "; ".join(
         f"{OURS[system]} {', '.join(f'{gap:.4f}' for gap in by_seed)}"
-        for system, by_seed in stored("quantizers")["two_bits_by_seed"].items()
+        for system, by_seed in data["two_bits_by_seed"].items()
     )
-    residual = stored("quantizers")["nested_residual_fast"]
-    alone = stored("quantizers")["without_generated_text"]
+    residual, alone = data["nested_residual_fast"], data["without_generated_text"]
     plain = "; ".join(
         f"{name} {', '.join(f'{gap:.4f}' for gap in gaps)}" for name, gaps in alone.items()
     )
@@ -245,51 +231,6 @@ def _gap_conditions(data: dict[str, Any]) -> str:
     )
 
 
-def mmlu_speed() -> str:
-    """MMLU beside lm-evaluation-harness's own model class."""
-    rows = stored("mmlu_speed")["rows"]
-    lines = [
-        [
-            str(row["shots"]),
-            f"{row['n_items']:,}",
-            f"{row['fissile']['seconds']:.1f}",
-            f"{row['lm_eval']['seconds']:.1f}",
-            f"{row['fissile']['peak_bytes'] / 1e6:.0f}",
-            f"{row['lm_eval']['peak_bytes'] / 1e6:.0f}",
-            f"{100 * row['same_choices']:g} %",
-        ]
-        for row in rows
-    ]
-    head = [
-        "shots",
-        "questions",
-        "seconds",
-        "harness, seconds",
-        "MB",
-        "harness, MB",
-        "same answers",
-    ]
-    how = rows[0]["conditions"]
-    return table(head, lines) + (
-        f"\n\nConditions: the demo model, {how['dtype']}, {how['threads']} CPU thread,"
-        f" lm-evaluation-harness {how['versions']['lm_eval']}. Clock: {how['clock']}."
-        f" Memory: {how['memory']}."
-    )
-
-
-def layer_7b() -> str:
-    """Conversion of one layer of the shape of a 7B model."""
-    data = stored("layer_7b")
-    how = data["conditions"]
-    rows = [[name, f"{seconds:.2f}"] for name, seconds in data["by_step"].items()]
-    rows.append(["all", f"{data['seconds']:.2f}"])
-    return table(["step", "seconds"], rows) + (
-        f"\n\nConditions: {how['tokens']:,} tokens, width {how['width']}, {how['neurons']} neurons,"
-        f" {how['experts']} experts, {how['threads']} CPU threads; peak memory"
-        f" {data['peak_rss_bytes'] / 1e9:.2f} GB. Counted: {how['counted']}."
-    )
-
-
 def token_widths() -> str:
     """Widths chosen for each token beside a width per expert and one width for all."""
     data = stored("widths")
@@ -305,66 +246,6 @@ def token_widths() -> str:
     )
 
 
-def decode() -> str:
-    """A token on the CPU: packed weights beside dense ones and torch's own int4 operator."""
-    models = {"dense model": "decode", "converted model": "decode_routed"}
-    rows = [
-        [
-            model,
-            row["implementation"],
-            *(_number(row[key], 2) for key in ("ms_per_token", "dense_over_this")),
-            f"{row['weights_bytes'] / 1e6:.1f}",
-        ]
-        for model, name in models.items()
-        for row in stored(name)["rows"]
-    ]
-    how = stored("decode")["conditions"]
-    return table(["", "weights", "ms a token", "times as fast", "MB of weights"], rows) + (
-        f"\n\nConditions: demo model, batch 1, the least of {how['repeats']} repeats of"
-        f" {how['steps']} tokens, {how['torch_threads']} thread, torch"
-        f" {how['versions']['torch']}. The converted model is compared with the dense one: it has"
-        f" a router to run and many small products, and at this size is no faster."
-    )
-
-
-def ranks() -> str:
-    """Quantization shared by processes beside one process on one core."""
-    data = stored("ranks")
-    how = data["conditions"]
-    rows = [
-        [label, *(f"{data[key][unit]:.1f}" for unit in ("seconds", "processor_seconds"))]
-        for label, key in (("one process", "one"), (f"{how['processes']} processes", "shared"))
-    ]
-    return table(["", "seconds", "processor seconds of the busiest"], rows) + (
-        f"\n\n{data['speedup']:.2f} times as fast. Conditions: {how['layers']} layer of width"
-        f" {how['width']} with {how['neurons']} neurons, {how['tokens']:,} tokens, effort"
-        f" {how['effort']}, one thread a process; largest difference of a weight's loss"
-        f" {data['loss_difference']:.2%}."
-    )
-
-
-def solver() -> str:
-    """Our solver on one layer beside decoupleQ's reference algorithm."""
-    data = stored("solver")
-    how, systems = data["conditions"], {"decoupleQ's algorithm": data["reference"]}
-    systems |= {f"ours, {effort}": row for effort, row in data["ours"].items()}
-    rows = [
-        [name, f"{row['seconds']:.1f}", f"{row['loss']:.4f}", f"{row['held_out']:.4f}"]
-        for name, row in systems.items()
-    ]
-    joint = "; ".join(
-        f"2, 3 and 4 bits jointly at effort {effort} take {row['time_ratio']:.2f} times as long as"
-        " one after the other"
-        for effort, row in data["joint"].items()
-    )
-    return table(["", "seconds", "loss", "on other inputs"], rows) + (
-        f"\n\nConditions: one made-up layer of {how['outputs']:,} x {how['inputs']:,} weights,"
-        f" {how['bits']} bits, groups of {how['group_size']}, {how['tokens']:,} tokens, in one"
-        f" process with {how['threads']} thread; other work ran beside it (load"
-        f" {how['load_average']['after']:.1f} on {how['cores']} cores at the end). {joint}."
-    )
-
-
 def router_ideas() -> str:
     """What was tried to bring one early decision nearer to its oracle."""
     data = stored("router_ideas")
@@ -372,7 +253,7 @@ def router_ideas() -> str:
     rows = [[f"*{row['system']}*", row] for row in data["bounds"]]
     rows += [[row["idea"], row] for row in data["ideas"] if "gap" in row or "mass" in row]
     lines = [
-        [name, *(_number(row.get(key), digits) for key, digits in (("gap", 4), ("mass", 3)))]
+        [name, *(number(row.get(key), digits) for key, digits in (("gap", 4), ("mass", 3)))]
         for name, row in rows
     ]
     return table(["", "gap", "mass"], lines) + (
@@ -382,18 +263,7 @@ def router_ideas() -> str:
     )
 
 
-def kernels() -> str:
-    """First product of the table that `bench kernels --set readme=docs/results.md` writes."""
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    inner = text.partition(KERNELS)[2].partition("<!-- end of kernels -->")[0]
-    return "\n".join(inner.strip().splitlines()[:5])
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-TABLES: dict[str, Callable[[], str]] = {
+TABLES: dict[str, Callable[[], str]] = cost_tables.TABLES | {
     "demo-routing": demo_routing,
     "demo-widths": demo_widths,
     "demo-stages": demo_stages,
@@ -401,14 +271,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "recovery": recovery,
     "domain-matrix": domain_matrix,
     "quantizers": quantizers,
-    "mmlu-speed": mmlu_speed,
-    "layer-7b": layer_7b,
     "token-widths": token_widths,
-    "decode": decode,
-    "ranks": ranks,
-    "solver": solver,
     "router-ideas": router_ideas,
-    "kernels": kernels,
 }
 
 

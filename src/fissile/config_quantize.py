@@ -156,6 +156,11 @@ class Quantize(Strict):
         " effort",
     )
 
+    @property
+    def all_tokens(self) -> int:
+        """Tokens of the calibration text and of what the dense model writes beside it."""
+        return self.tokens * (1 + self.generated)
+
     @model_validator(mode="before")
     @classmethod
     def _by_effort(cls, data: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -11,8 +10,8 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -24,18 +23,7 @@ from fissile.recipe_files import find_recipe, load_recipe, parse_settings
 from fissile.run.bench import BENCHES
 
 MOST_WORDS = 1500
-TOOLS = DOCS / "tools"
 VOID = {"area", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "wbr"}
-
-
-def tool(name: str) -> ModuleType:
-    """A module of docs/tools, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", TOOLS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Page(HTMLParser):
@@ -167,7 +155,7 @@ def test_every_command_and_public_name_is_described(site: Path) -> None:
 
 
 def test_every_recipe_key_is_described() -> None:
-    recipe_pages = tool("recipe_pages")
+    recipe_pages = import_module("recipe_pages")
     keys = recipe_pages.keys()
     assert len(keys) > 90
     assert [key for key, field in keys.items() if not field.description] == []
@@ -179,7 +167,7 @@ def test_every_recipe_key_is_described() -> None:
 
 def test_figures_are_those_of_the_stored_results() -> None:
     """Drawn again, they say the same and have the same shapes."""
-    drawn = tool("figures").drawings()
+    drawn = import_module("figures").drawings()
     stored = {path.stem: path.read_text("utf-8") for path in (DOCS / "figures").glob("*.svg")}
     assert set(drawn) == set(stored)
     for name, text in drawn.items():
@@ -200,7 +188,7 @@ def words(parts: list[str]) -> list[str]:
 
 
 def test_every_stored_result_has_a_table_and_every_table_is_on_a_page() -> None:
-    tables = tool("result_tables")
+    tables = import_module("result_tables")
     pages = [ROOT / "README.md", *DOCS.rglob("*.md")]
     text = "\n".join(path.read_text("utf-8") for path in pages)
     files = {path.name for path in (ROOT / "eval" / "results").iterdir()}
@@ -230,6 +218,6 @@ def test_benchmarks_that_made_the_results_are_named_as_they_are_called() -> None
 
 def test_generated_pages_hold_no_command_that_is_not_run() -> None:
     """The examples of the reference are those of the help, which test_snippets.py runs."""
-    for name, text in tool("command_pages").pages().items():
+    for name, text in import_module("command_pages").pages().items():
         for snippet in snippets_of(name, text):
             assert snippet.text.startswith("fissile "), snippet

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from fissile.cli.common import Parser, Subparsers, add_command, integers
+from fissile.cli.common import Parser, Subparsers, add_command, add_overrides, integers
 from fissile.cli.output import emit, jsonable, tidy
 from fissile.cli.progress import progress
 from fissile.errors import UsageError
@@ -34,13 +34,7 @@ def add_parser(subparsers: Subparsers) -> Parser:
     parser.add_argument(
         "--batches", type=integers, metavar="N,N", help="of speed: batch sizes (default: 1,8,64)"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a setting of the benchmark, e.g. tokens=16384 (repeatable)",
-    )
+    add_overrides(parser, "a setting of the benchmark", "tokens=16384")
     parser.add_argument("--out", metavar="FILE", help="write the row as JSON too")
     return parser
 

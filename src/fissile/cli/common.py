@@ -73,14 +73,24 @@ def add_command(
     return parser
 
 
-def add_overrides(parser: Parser) -> None:
-    """Add the repeatable `--set KEY=VALUE` for commands that read a recipe."""
+def add_overrides(
+    parser: Parser,
+    what: str = "a value of the recipe",
+    example: str = "quantize.group_size=128",
+) -> None:
+    """Add the repeatable `--set KEY=VALUE`.
+
+    Args:
+        parser: of the command.
+        what: is changed, in words.
+        example: KEY=VALUE.
+    """
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change a value of the recipe, e.g. quantize.group_size=128 (repeatable)",
+        help=f"change {what}, e.g. {example} (repeatable)",
     )
 
 

@@ -11,6 +11,7 @@ from fissile.cli.common import (
     add_command,
     add_download,
     add_output,
+    add_overrides,
     integers,
     positive,
 )
@@ -42,13 +43,7 @@ def add_parser(subparsers: Subparsers) -> Parser:
     parser.add_argument("--budget", metavar="SIZE", help="mixed widths: 2.6bpw, 4GiB")
     parser.add_argument("--tokens", type=positive, metavar="N", help="calibration tokens")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a key of the quantize section, e.g. block.precision=bfloat16 (repeatable)",
-    )
+    add_overrides(parser, "a key of the quantize section", "block.precision=bfloat16")
     add_download(parser)
     return parser
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fissile.cli.common import Parser, Subparsers, add_command, positive
+from fissile.cli.common import Parser, Subparsers, add_command, add_overrides, positive
 from fissile.cli.output import emit, tidy
 from fissile.cli.progress import progress
 from fissile.errors import UsageError
@@ -44,13 +44,7 @@ def add_parser(subparsers: Subparsers) -> Parser:
         metavar="N",
         help="of --budget: random mixes that are scored, and half as many within the budget",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a key of a recipe's quantize.tune, e.g. learning_rate=1e-3 (repeatable)",
-    )
+    add_overrides(parser, "a key of a recipe's quantize.tune", "learning_rate=1e-3")
     return parser
 
 

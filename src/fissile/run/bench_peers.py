@@ -160,7 +160,7 @@ def _missing_packages(settings: PeersBench, progress: Progress) -> dict[str, str
     from fissile.run.peers_env import ensure
 
     packages = sorted({RECIPES[peer].package for peer in settings.peers})
-    if settings.environment is None:
+    if settings.environment is None or not packages:
         return dict.fromkeys(packages, _NO_ENVIRONMENT)
     return ensure(Path(settings.environment), packages, progress)
 

@@ -250,7 +250,7 @@ class Estimator:
         forward = self._forward(batch, context) + 8 * largest
         moments = max(forward, adding, *(self._solving(*x) for x in linears)) + drifted
         memory = (
-            self._streamed(wanted.tokens * (1 + wanted.generated))
+            self._streamed(wanted.all_tokens)
             | self._dense_held()
             | {
                 "moments and solver": max(moments, self._training_a_block()),
@@ -258,7 +258,7 @@ class Estimator:
             }
         )
         layers, disk = self.shape.dims.layers, self.shape.artifact_bytes
-        tokens = wanted.tokens * (1 + wanted.generated)
+        tokens = wanted.all_tokens
         if beside:
             # A stream for every width, the float model and its outputs: in files.
             memory["stream"] = 0.0
@@ -308,7 +308,7 @@ class Estimator:
             * (dims.layers * dims.hidden + copies + 2.0 * dims.heads * context),
             "logits": costs.logit_copies * size * tokens * dims.vocab,
         }
-        seen = wanted.tokens * (1 + wanted.generated)
+        seen = wanted.all_tokens
         kept = seen * (settings.teacher_top_k * (4 if dims.vocab <= 1 << 16 else 6) + 4)
         read = settings.steps * tokens * len(wanted.widths)
         # Every layer runs forward twice.

@@ -28,7 +28,7 @@ for name in sys.argv[1:]:
         found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         pass
-print(json.dumps(found))
+sys.stdout.write(json.dumps(found))
 """
 
 
