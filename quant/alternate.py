@@ -5,7 +5,7 @@ Shapes: B layers, O output rows, I inputs, G groups, W widths, S stacked copies 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from fissile.quant.floats import refit
 from fissile.quant.integers import Floats, Levels, Noise, descend, start
 from fissile.quant.metric import Metric, take
-from fissile.quant.ranges import initial_floats, search
+from fissile.quant.ranges import half_steps, initial_floats, round_floats, search
 
 Effort = Literal["fast", "balanced", "best"]
 
@@ -27,15 +27,21 @@ class Plan:
     Attributes:
         shrinks: range candidates, factors of the min-max half-range.
         multipliers: greedy starts; how far each grid reaches, in units of the searched range.
-        alternations: rounds of coordinate descent and float step.
+        ridges: of the Hessian, stage after stage, in units of the one asked for; the last is 1.
+            Under a large ridge columns hardly make up for each other and codes stay near the
+            weights; as it falls, codes that are near each other at all widths follow, where a
+            start under the small one has each width run its own way.
+        alternations: rounds of coordinate descent and float step, of every stage.
         sweeps: descent passes a round.
         retries: rounds that first propose new codes for the floats found so far: a greedy start
-            and `samples` sampled ones (Klein), each polished by one descent pass.
+            and `samples` sampled ones (Klein) around floats that are moved a little, each polished
+            by one descent pass. Alternating alone ends where codes and floats fit each other.
         samples: sampled proposals a retry.
     """
 
     shrinks: tuple[float, ...]
     multipliers: tuple[float, ...]
+    ridges: tuple[float, ...]
     alternations: int
     sweeps: int
     retries: int
@@ -48,12 +54,14 @@ class Plan:
 
 
 PLANS: dict[str, Plan] = {
-    "fast": Plan((0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0), (1.0,), 1, 1, 0, 0),
-    "balanced": Plan(tuple(x / 20 for x in range(5, 23, 2)), (1.0,), 3, 1, 3, 1),
-    "best": Plan(tuple(x / 20 for x in range(5, 23)), (1.0, 1.12), 6, 1, 6, 5),
+    "fast": Plan((0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0), (1.0,), (1,), 1, 1, 0, 0),
+    "balanced": Plan(tuple(x / 20 for x in range(5, 23, 2)), (1.0,), (30, 10, 3, 1), 1, 1, 1, 1),
+    "best": Plan(tuple(x / 20 for x in range(5, 23)), (1.0, 1.12), (100, 30, 10, 3, 1), 2, 1, 2, 5),
 }
 # Found on correlated synthetic layers: 0.003 samples too little, 0.1 too much, flat between.
 TEMPERATURE = 0.02
+# Spread of sampled floats: of a scale in its own size, of a zero in steps of the narrowest width.
+_SPREAD = (0.02, 0.03)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,9 +118,16 @@ class Alternation:
         self.weight_BIO = take(weight_BOI.permute(by_input).contiguous(), metric.order_BI)
         self._generator = torch.Generator(weight_BOI.device).manual_seed(seed)
 
-    def run(self) -> tuple[State, list[Tensor]]:
-        """Return the final state and the objective (B, O) after every step, never rising."""
-        state = self._start()
+    def run(self, state: State | None = None) -> tuple[State, list[Tensor]]:
+        """Return the final state and the objective (B, O) after every step, never rising.
+
+        Args:
+            state: of the same rows under another ridge, to go on from; None to start anew.
+        """
+        if state is None:
+            state = self._start()
+        else:
+            state = self._fitted(self._weight_BOI, state.codes_BIO, state.floats)
         history = [state.objective_BO]
         for index in range(self._plan.alternations):
             if index < self._plan.retries:
@@ -150,7 +165,7 @@ class Alternation:
         """New codes for the floats of `state`: one greedy, the others sampled."""
         copies = 1 + self._plan.samples
         weight_BIO = _repeat(self.weight_BIO, copies, -1)
-        floats = _stack([state.floats] * copies)
+        floats = _stack([state.floats, *self._moved(state.floats)])
         noise = None
         if self._plan.samples:
             inputs, codes = weight_BIO.shape[1], self._levels.value_WQ.shape[1]
@@ -160,6 +175,24 @@ class Alternation:
         codes_BIO = descend(weight_BIO, self._metric, self._levels, floats, codes_BIO, sweeps=1)
         weight_BOI = _repeat(self._weight_BOI, copies, -2)
         return self._fitted(weight_BOI, codes_BIO, floats).unstack(copies)
+
+    def _moved(self, floats: Floats) -> Iterator[Floats]:
+        """Floats of the sampled proposals: those of a group move alike in all rows and widths."""
+        half_step_W1 = half_steps(self._levels)[:, None]
+        scale_BGWO, zero_BGWO = floats.scale_BGWO, floats.zero_BGWO
+        for _ in range(self._plan.samples):
+            # As with the noise, all rows share the draws.
+            shape, device = (2, scale_BGWO.shape[1], 1, 1), scale_BGWO.device
+            scale_G, zero_G = torch.randn(shape, generator=self._generator, device=device)
+            scale, zero = round_floats(
+                scale_BGWO * (1 + _SPREAD[0] * scale_G),
+                zero_BGWO + _SPREAD[1] * zero_G * scale_BGWO[:, :, :1],
+                half_step_W1,
+            )
+            fits_BGWO = scale.isfinite() & zero.isfinite()
+            yield Floats(
+                torch.where(fits_BGWO, scale, scale_BGWO), torch.where(fits_BGWO, zero, zero_BGWO)
+            )
 
     def _fitted(self, weight_BOI: Tensor, codes_BIO: Tensor, floats: Floats) -> State:
         fit = refit(weight_BOI, self._metric, self._levels, floats, codes_BIO)

@@ -61,7 +61,7 @@ def solve(
         widths: ascending subset of (2, 3, 4). One width is the dedicated mode: a k-bit code,
             stored shifted left by 4 - k.
         group_size: inputs that share a scale and a zero; divides I, and I is a multiple of 8.
-        omega: weight of each width's loss, relative to 4^width; default {2: 2.5, 3: 1, 4: 1}.
+        omega: weight of each width's loss, relative to 4^width; default {2: 3, 3: 1, 4: 1}.
         effort: how many starts and alternations, see `PLANS`.
         companding: table of the values at 3 and 4 bits, 1 or a key of `layout.COMPANDED`; None for
             the one whose quick solve of some rows ends lowest.
@@ -78,7 +78,7 @@ def solve(
         ValueError: shapes, widths or options that do not fit, values that are not finite, a
             Hessian that is far from positive semi-definite, or weights outside float16.
     """
-    weights = dict(omega or {2: 2.5, 3: 1.0, 4: 1.0})
+    weights = dict(omega or {2: 3.0, 3: 1.0, 4: 1.0})
     _check(weight, hessian, tuple(widths), group_size, weights, effort, damp, tied)
     single = weight.dim() == 2
     weight_BOI = _aims(weight.reshape(-1, *weight.shape[-2:]), targets, widths)
@@ -158,21 +158,27 @@ def _solve_batch(
     seed: int,
     tied: bool,
 ) -> NestedWeight:
-    metric = prepare(hessian_BII, group_size, damp)
     batch, outputs, inputs = weight_BOI.shape[-3:]
     per_row = batch * inputs * len(levels.widths) * plan.copies
-    solved = []
-    for part in slices(outputs, max(64, _ERROR_VALUES // per_row)):
-        chunk_BOI = weight_BOI[..., part, :].float().contiguous()
-        rows = Alternation(chunk_BOI, metric, levels, plan, seed)
-        state, history = rows.run()
-        ties_BOV3 = None
-        if tied:
-            # What came before had floats of its own: another, lower objective.
-            found, history = tie(chunk_BOI, rows.weight_BIO, metric, levels, state, plan)
-            state, ties_BOV3 = found.state, found.ties_BOV3
-        nested = _assemble(state, history, metric.inverse_BI, levels, group_size, ties_BOV3)
-        solved.append(with_loss(nested, chunk_BOI, hessian_BII))
+    parts = list(slices(outputs, max(64, _ERROR_VALUES // per_row)))
+    states: list[State | None] = [None] * len(parts)
+    solved: list[NestedWeight] = []
+    for stage, ridge in enumerate(plan.ridges, start=1):
+        metric = prepare(hessian_BII, group_size, damp * ridge)
+        for i, part in enumerate(parts):
+            chunk_BOI = weight_BOI[..., part, :].float().contiguous()
+            rows = Alternation(chunk_BOI, metric, levels, plan, seed + (stage << 32))
+            states[i], history = state, _ = rows.run(states[i])
+            if stage < len(plan.ridges):
+                continue
+            ties_BOV3 = None
+            if tied:
+                # What came before had floats of its own: another, lower objective.
+                found, history = tie(chunk_BOI, rows.weight_BIO, metric, levels, state, plan)
+                state, ties_BOV3 = found.state, found.ties_BOV3
+            nested = _assemble(state, history, metric.inverse_BI, levels, group_size, ties_BOV3)
+            solved.append(with_loss(nested, chunk_BOI, hessian_BII))
+        del metric, rows  # as large as the Hessians: one at a time
     return joined(solved, dim=1)
 
 

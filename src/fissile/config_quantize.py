@@ -78,7 +78,7 @@ _Words = Literal["balanced", "2-bit first", "4-bit first"]
 
 def _omega(value: Any) -> Any:
     """Weights of the widths behind a word."""
-    words = {"balanced": 2.5, "2-bit first": 16.0, "4-bit first": 1.0}
+    words = {"balanced": 3.0, "2-bit first": 16.0, "4-bit first": 1.0}
     known = isinstance(value, str) and value in words
     return {2: words[value], 3: 1.0, 4: 1.0} if known else value
 
@@ -113,7 +113,7 @@ class Quantize(Strict):
         dict[int, float],
         BeforeValidator(_omega, json_schema_input_type=dict[int, float] | _Words),
     ] = Field(
-        {2: 2.5, 3: 1.0, 4: 1.0},
+        {2: 3.0, 3: 1.0, 4: 1.0},
         description="weight of each width's loss, relative to 4^width; or 'balanced' (as here),"
         " '2-bit first', '4-bit first'",
     )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.quant import layers
 
 from fissile.kernels import layout
+from fissile.quant.alternate import PLANS
 from fissile.quant.baselines import gptq, rtn
 from fissile.quant.decouple import Effort, solve
 from fissile.quant.nested import NestedWeight
 
 EFFORTS: tuple[Effort, ...] = ("fast", "balanced", "best")
-LAMBDA = torch.tensor([2.5 * 16, 64.0, 256.0], dtype=torch.float64)
+LAMBDA = torch.tensor([3 * 16, 64.0, 256.0], dtype=torch.float64)
 
 
 def total(nested: NestedWeight, bits: int) -> float:
@@ -120,6 +123,27 @@ def test_more_effort_is_better() -> None:
     finals = [float(solve(weight, hessian, effort=e).history[-1].sum()) for e in EFFORTS]
     assert finals[0] > 1.02 * finals[1]
     assert finals[1] > 1.005 * finals[2]
+
+
+@pytest.mark.parametrize("effort", ["balanced", "best"])
+def test_a_falling_ridge_ends_lower_than_the_same_work_under_the_last(
+    effort: Effort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, hessian = layers.weight(64, 256), layers.hessian(256, "outliers")
+    falling = float(solve(weight, hessian, effort=effort).history[-1].sum())
+    flat = replace(PLANS[effort], ridges=(1.0,) * len(PLANS[effort].ridges))
+    monkeypatch.setitem(PLANS, effort, flat)
+    assert falling < 0.995 * float(solve(weight, hessian, effort=effort).history[-1].sum())
+
+
+def test_sampled_floats_stay_inside_float16() -> None:
+    weight, hessian = layers.weight(16, 64), layers.hessian(64, "power")
+    weight *= 65000 / weight.abs().max()
+    nested = solve(weight, hessian, effort="best")
+    size = layers.loss_rows(weight, hessian)
+    for bits in (2, 3, 4):
+        assert nested.dequantize(bits).isfinite().all()
+        assert (nested.loss[bits] < 0.3 * size).all()
 
 
 @pytest.mark.parametrize("effort", ["fast", "balanced"])

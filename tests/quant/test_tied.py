@@ -27,7 +27,7 @@ from fissile.quant.nested import NestedWeight
 from fissile.quant.residual import with_residual
 from fissile.quant.soft import SoftFloats
 
-LAMBDA = torch.tensor([2.5 * 16, 64.0, 256.0], dtype=torch.float64)
+LAMBDA = torch.tensor([3 * 16, 64.0, 256.0], dtype=torch.float64)
 
 
 def root(hessian: Tensor) -> np.ndarray:
@@ -221,7 +221,7 @@ def test_little_is_lost_on_a_trained_layer(name: str, trained: dict[str, list[Te
     ratio = {k: float(tied.loss[k].sum() / own.loss[k].sum()) for k in (2, 3, 4)}
     assert 0.95 < ratio[2] < 1.08
     assert 0.95 < ratio[3] < 1.1
-    assert 0.95 < ratio[4] < 1.1
+    assert 0.95 < ratio[4] < 1.16
     # Floats of the widest whose cells are merely aligned lose much more.
     scale, zero = own.scale[4] * 4, own.zero[4] + own.scale[4] * 1.5
     aligned = replace(own, scale={**own.scale, 2: scale}, zero={**own.zero, 2: zero})

@@ -31,7 +31,7 @@ class SolverBench(Strict):
     inputs: int = Field(4096, gt=0, description="columns")
     bits: Literal[2, 3, 4] = 2
     group_size: Literal[32, 64, 128] = 64
-    tokens: int = Field(16384, gt=0, description="calibration tokens; half as many are held out")
+    tokens: int = Field(65536, gt=0, description="calibration tokens; half as many are held out")
     decay: float = Field(0.7, ge=0, description="spectrum of the inputs, i^-decay in variance")
     efforts: tuple[Effort, ...] = ("fast",)
     joint: tuple[Effort, ...] = Field(

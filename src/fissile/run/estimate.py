@@ -348,15 +348,15 @@ class Estimator:
 
     def _solver_products(self) -> float:
         """Operations of one solve per weight and input: O*I*I times this."""
-        starts, retries, rounds, sweeps = {
-            "fast": (1, 0, 1, 1),
-            "balanced": (2, 1, 3, 1),
-            "best": (3, 2, 6, 2),
+        starts, proposals, rounds = {
+            "fast": (1, 0, 1),
+            "balanced": (1, 8, 4),
+            "best": (2, 60, 10),
         }[self.recipe.quantize.effort]
         # A greedy start visits half the pairs of columns, a sweep all; a float step costs about 3.
         greedy, sweep, floats = 1.0, 2.0, 3.0
-        rounds_cost = rounds * (sweeps * sweep + floats)
-        work = (starts + retries) * (greedy + floats) + rounds_cost
+        work = starts * (greedy + floats) + proposals * (greedy + sweep + floats)
+        work += rounds * (sweep + floats)
         return len(self.recipe.quantize.widths) * work
 
     def _export(self) -> StageCost:
