@@ -300,9 +300,9 @@ def settings(folder: Path, text: Path, *more: str) -> list[str]:
 
 def test_refusals_are_one_line(run_cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     for words, message in (
-        ([], "peers needs a model"),
+        ([], "needs the folder of one dense model"),
         ([tiny_model, "--set", "peers=[awq]"], "peers.0: Input should be"),
-        ([tiny_model, "--set", "widths=[]"], "peers needs a model, widths and seeds"),
+        ([tiny_model, "--set", "widths=[]"], "peers needs widths and seeds"),
         ([tiny_model, "--set", "calibration=no.jsonl"], "no.jsonl: cannot be read"),
         ([tmp_path], "config.json"),
     ):

@@ -18,6 +18,7 @@ BENCHES = Registry(
         "kernels": "fissile.run.bench_kernels:BENCH",
         "layer": "fissile.run.bench_layer:BENCH",
         "mmlu": "fissile.run.bench_mmlu:BENCH",
+        "mixed": "fissile.run.bench_mixed:BENCH",
         "peers": "fissile.run.bench_peers:BENCH",
         "ranks": "fissile.run.bench_ranks:BENCH",
         "solver": "fissile.run.bench_solver:BENCH",

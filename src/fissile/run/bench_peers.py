@@ -11,14 +11,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fissile.config import Strict
 from fissile.errors import CorruptCheckpoint, Interrupted, UsageError
 from fissile.io.publish import atomic_write_bytes, atomic_write_json
 from fissile.refactor.training import Progress
 from fissile.run.bench import Bench
 from fissile.run.context import stop_on_signals
 from fissile.run.peers import RECIPES, Job, Peer, quantize, read_result, read_weights, replaced
-from fissile.run.peers_data import Material
+from fissile.run.peers_data import Material, TextSettings, conditions_of, read_material
 from fissile.run.peers_own import Effort, Ours, OwnJob, score_own
 from fissile.run.peers_table import Measured, table
 
@@ -28,15 +27,12 @@ _NO_ENVIRONMENT = "no environment was named: --set environment=DIR builds one"
 _SEARCHED = ("nested", "nested-residual", "dedicated", "decoupleq")
 
 
-class PeersBench(Strict):
+class PeersBench(TextSettings):
     """Model, text, widths, seeds and systems; by default all that takes minutes."""
 
-    models: tuple[str, ...] = Field((), description="the dense model's folder")
     environment: str | None = Field(
         None, description="folder with the peers; built if it does not exist; null: no peers"
     )
-    calibration: str | None = Field(None, description="JSONL; default this installation's text")
-    held_out: str | None = Field(None, description="JSONL; default this installation's text")
     peers: tuple[Peer, ...] = ("hqq", "auto-round", "gptqmodel-gptq", "gptqmodel-gptaq")
     ours: tuple[Ours, ...] = ("dedicated", "decoupleq", "gptq", "gptaq", "rtn", "nested")
     efforts: tuple[Effort, ...] = Field(
@@ -48,10 +44,6 @@ class PeersBench(Strict):
         (), description="of the peers: smaller ones give them as many bits; left out: group_sizes"
     )
     seeds: tuple[int, ...] = Field((0, 1, 2), description="of calibration text and all else")
-    tokens: int = Field(65536, gt=0, description="calibration tokens")
-    context: int = Field(512, ge=8, description="tokens of a window")
-    held_out_tokens: int = Field(65536, gt=0, description="over all domains, divided evenly")
-    folder: str = Field("runs/peers", description="results, kept and resumed")
     threads: int = Field(1, gt=0, description="of a peer")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of our products in training; what is trained stays float32"
@@ -76,17 +68,12 @@ def run(settings: PeersBench, progress: Progress) -> dict[str, Any]:
         UsageError: no model, nothing to do, or a folder with results of another model or text.
         Interrupted: a signal; what is finished is kept.
     """
-    from fissile.eval.documents import sha256_files
-    from fissile.eval.result import machine, model_sha256, versions
+    from fissile.eval.result import machine, versions
     from fissile.run.peers_plot import markdown, plot
 
     material = _material(settings)
-    root, texts = material.root, ("calibration", "held_out")
-    conditions = {
-        "model_sha256": model_sha256(material.source.folder),
-        "text_sha256": {name: sha256_files([getattr(material, name)]) for name in texts},
-        **settings.model_dump(include={"tokens", "context", "held_out_tokens", "precision"}),
-    }
+    root = material.root
+    conditions = {**conditions_of(material), "precision": settings.precision}
     _same_conditions(root, conditions)
     reasons = _missing_packages(settings, progress)
     jobs, stop = list(_jobs(settings)), threading.Event()
@@ -114,34 +101,11 @@ def run(settings: PeersBench, progress: Progress) -> dict[str, Any]:
 
 def _material(settings: PeersBench) -> Material:
     """Model and text, all checked before any work."""
-    from fissile.eval.documents import read_documents
-    from fissile.models.source import CheckpointSource
-
-    if len(settings.models) != 1 or not settings.seeds or not settings.widths:
-        raise UsageError("peers needs a model, widths and seeds: fissile bench peers MODEL_DIR")
+    if not settings.seeds or not settings.widths:
+        raise UsageError("peers needs widths and seeds")
     if "nested-residual" in settings.ours and 4 not in settings.widths:
         raise UsageError(f"widths {list(settings.widths)}: nested-residual adds 6 and 8 bits to 4")
-    root = Path(settings.folder)
-    source = CheckpointSource(Path(settings.models[0]))
-    if source.artifact:
-        raise UsageError(f"{source.folder}: is an artifact; peers quantize a dense float model")
-    for given in (settings.calibration, settings.held_out):
-        if given is not None:
-            read_documents(Path(given))
-    calibration, held_out = _text(settings, root)
-    sizes = (settings.tokens, settings.context, settings.held_out_tokens)
-    return Material(source, calibration, held_out, *sizes, root)
-
-
-def _text(settings: PeersBench, root: Path) -> tuple[Path, Path]:
-    """Files of calibration and held-out text."""
-    if settings.calibration and settings.held_out:
-        return Path(settings.calibration), Path(settings.held_out)
-    from fissile.eval.corpus import build_corpus
-
-    corpus = build_corpus(root / "corpus")
-    calibration = settings.calibration or corpus.calibration
-    return Path(calibration), Path(settings.held_out or corpus.heldout)
+    return read_material(settings)
 
 
 def _same_conditions(root: Path, conditions: dict[str, Any]) -> None:

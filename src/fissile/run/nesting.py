@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 
 import torch
@@ -12,7 +12,7 @@ from fissile.config import Baseline, Quantize
 from fissile.io.hub import describe_source
 from fissile.io.manifest import Origin
 from fissile.io.units import UnitStore
-from fissile.kernels.layout import LAYOUT_VERSION, STORED_BITS
+from fissile.kernels.layout import LAYOUT_VERSION, STORED_BITS, loaded_bytes
 from fissile.models.build import with_nested
 from fissile.models.configuration_fissile import FissileConfig
 from fissile.models.source import MemorySource
@@ -250,11 +250,52 @@ def artifact_tensors_of(
 
 
 def decoded(
-    source: StateSource, layers: Iterator[QuantizedLayer], bits: int | None = None
+    source: StateSource,
+    layers: Iterator[QuantizedLayer],
+    bits: int | Mapping[str, int | list[int]] | None = None,
 ) -> MemorySource:
-    """A quantized model as float weights, at `bits` or the widest width that was solved."""
+    """A quantized model as float weights.
+
+    Args:
+        source: the model before quantization.
+        layers: what became of it.
+        bits: width of all weights, or of each, as `mixed_widths` has them; the widest that was
+            solved without it.
+    """
     state: dict[str, Tensor] = dict(source.outer_state())
     for i, layer in enumerate(layers):
-        own = layer.kept | {name: layer.decode(name, bits) for name in layer.groups}
-        state |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
+        prefix = f"model.layers.{i}."
+        state |= {prefix + name: tensor for name, tensor in layer.kept.items()}
+        for name in layer.groups:
+            own = bits[prefix + name] if isinstance(bits, Mapping) else bits
+            state[prefix + name] = _decoded(layer, name, own)
     return MemorySource(source.config, state)
+
+
+def _decoded(layer: QuantizedLayer, name: str, bits: int | list[int] | None) -> Tensor:
+    """One weight at its width, a stack at those of its experts."""
+    if not isinstance(bits, list):
+        return layer.decode(name, bits)
+    parts = {width: layer.decode(name, width) for width in set(bits)}
+    return torch.stack([parts[width][e] for e, width in enumerate(bits)])
+
+
+def loaded_bits(
+    layers: Iterable[QuantizedLayer], bits: int | Mapping[str, int | list[int]]
+) -> float:
+    """Bits per weight of what was quantized, as a load at these widths holds it, floats included.
+
+    Args:
+        layers: what was quantized, in order.
+        bits: as for `decoded`.
+    """
+    cost = weights = 0
+    for i, layer in enumerate(layers):
+        for name, group in layer.groups.items():
+            shape = layer.nested(name).codes.shape
+            own = bits[f"model.layers.{i}.{name}"] if isinstance(bits, Mapping) else bits
+            several = own if isinstance(own, list) else [own]
+            each = shape[1:] if isinstance(own, list) else shape
+            cost += 8 * sum(loaded_bytes(each, group, width) for width in several)
+            weights += prod(shape)
+    return cost / weights

@@ -1,4 +1,4 @@
-"""What all systems of `fissile bench peers` share: the model, its text, and how it is scored.
+"""What the benches of quantizers share: the model, its text, and how it is scored.
 
 Shapes: N windows, S tokens per window.
 """
@@ -11,6 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
+from fissile.config import Strict
 from fissile.errors import UsageError
 from fissile.io.publish import atomic_write_bytes, atomic_write_json
 from fissile.run.peers import gap_of
@@ -21,6 +24,18 @@ if TYPE_CHECKING:
     from fissile.eval.perplexity import HeldOut
     from fissile.models.source import CheckpointSource
     from fissile.models.stream import StateSource
+
+
+class TextSettings(Strict):
+    """Model and text of a bench of quantizers."""
+
+    models: tuple[str, ...] = Field((), description="the dense model's folder")
+    calibration: str | None = Field(None, description="JSONL; default this installation's text")
+    held_out: str | None = Field(None, description="JSONL; default this installation's text")
+    tokens: int = Field(65536, gt=0, description="calibration tokens")
+    context: int = Field(512, ge=8, description="tokens of a window")
+    held_out_tokens: int = Field(65536, gt=0, description="over all domains, divided evenly")
+    folder: str = Field("runs/peers", description="results, kept and resumed")
 
 
 @dataclass(frozen=True)
@@ -110,3 +125,52 @@ def _held_out(material: Material, seed: int) -> HeldOut:
         tokens=material.held_out_tokens,
         seed=seed,
     )
+
+
+def read_material(settings: TextSettings) -> Material:
+    """Model and text, all checked before any work.
+
+    Raises:
+        UsageError: no model or several, or an artifact.
+    """
+    from fissile.eval.documents import read_documents
+    from fissile.models.source import CheckpointSource
+
+    if len(settings.models) != 1:
+        raise UsageError("needs the folder of one dense model: fissile bench NAME MODEL_DIR")
+    root = Path(settings.folder)
+    source = CheckpointSource(Path(settings.models[0]))
+    if source.artifact:
+        raise UsageError(f"{source.folder}: is an artifact; this quantizes a dense float model")
+    for given in (settings.calibration, settings.held_out):
+        if given is not None:
+            read_documents(Path(given))
+    calibration, held_out = _text(settings, root)
+    sizes = (settings.tokens, settings.context, settings.held_out_tokens)
+    return Material(source, calibration, held_out, *sizes, root)
+
+
+def _text(settings: TextSettings, root: Path) -> tuple[Path, Path]:
+    """Files of calibration and held-out text."""
+    if settings.calibration and settings.held_out:
+        return Path(settings.calibration), Path(settings.held_out)
+    from fissile.eval.corpus import build_corpus
+
+    corpus = build_corpus(root / "corpus")
+    calibration = settings.calibration or corpus.calibration
+    return Path(calibration), Path(settings.held_out or corpus.heldout)
+
+
+def conditions_of(material: Material) -> dict[str, Any]:
+    """Model, text and sizes, for a result."""
+    from fissile.eval.documents import sha256_files
+    from fissile.eval.result import model_sha256
+
+    texts = {"calibration": material.calibration, "held_out": material.held_out}
+    return {
+        "model_sha256": model_sha256(material.source.folder),
+        "text_sha256": {name: sha256_files([path]) for name, path in texts.items()},
+        "tokens": material.tokens,
+        "context": material.context,
+        "held_out_tokens": material.held_out_tokens,
+    }

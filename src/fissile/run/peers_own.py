@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +15,6 @@ from fissile.refactor.training import Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fissile.quant.layers import QuantizedLayer
     from fissile.quant.solvers import Solver
     from fissile.run.peers_data import Material
 
@@ -97,7 +95,7 @@ def score_own(
     from fissile.io.units import UnitStore
     from fissile.models.stream import StreamedModel
     from fissile.quant.layers import final_layer, quantize_model
-    from fissile.run.nesting import decoded
+    from fissile.run.nesting import decoded, loaded_bits
     from fissile.run.tuning import Tuning
 
     if (kept := read_own(job, material.root)) is not None:
@@ -130,7 +128,7 @@ def score_own(
     solved = [final_layer(store, i) for i in range(count)]
     for bits in job.widths:
         rows[bits] = material.score(decoded(material.source, iter(solved), bits), job.seed)
-        rows[bits]["bits_per_weight"] = _bits(solved, bits)
+        rows[bits]["bits_per_weight"] = loaded_bits(solved, bits)
         rows[bits] |= {"settings": settings.model_dump(include=_TOLD)} if job.effort else {}
         rows[bits] |= spent if whole else {}
     atomic_write_json(folder / "score.json", rows)
@@ -153,16 +151,3 @@ def _solver(job: OwnJob, settings: Quantize) -> Solver:
     if job.system == "nested" or job.system == "nested-residual":
         return nested_solver(settings, job.seed)
     return baseline_solver(job.system, job.widths[0], settings, job.seed)
-
-
-def _bits(layers: list[QuantizedLayer], bits: int) -> float:
-    """Bits per weight of what was quantized, when loaded at one width, floats included."""
-    from fissile.kernels.layout import loaded_bytes
-
-    cost = weights = 0
-    for layer in layers:
-        for name, group in layer.groups.items():
-            shape = layer.nested(name).codes.shape
-            cost += 8 * loaded_bytes(shape, group, bits)
-            weights += prod(shape)
-    return cost / weights
