@@ -183,10 +183,10 @@ class Alternation:
         for _ in range(self._plan.samples):
             # As with the noise, all rows share the draws.
             shape, device = (2, scale_BGWO.shape[1], 1, 1), scale_BGWO.device
-            scale_G, zero_G = torch.randn(shape, generator=self._generator, device=device)
+            scale_G11, zero_G11 = torch.randn(shape, generator=self._generator, device=device)
             scale, zero = round_floats(
-                scale_BGWO * (1 + _SPREAD[0] * scale_G),
-                zero_BGWO + _SPREAD[1] * zero_G * scale_BGWO[:, :, :1],
+                scale_BGWO * (1 + _SPREAD[0] * scale_G11),
+                zero_BGWO + _SPREAD[1] * zero_G11 * scale_BGWO[:, :, :1],
                 half_step_W1,
             )
             fits_BGWO = scale.isfinite() & zero.isfinite()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from stored_results import ROOT, number, stored, table
 
@@ -95,22 +96,31 @@ def ranks() -> str:
 def solver() -> str:
     """Our solver on one layer beside decoupleQ's reference algorithm."""
     data = stored("solver")
+    joint = "; ".join(
+        f"2, 3 and 4 bits jointly at effort {effort} take {row['time_ratio']:.2f} times as long as"
+        " one after the other"
+        for effort, row in data["joint"].items()
+    )
+    return f"{_solver(data)} {joint}."
+
+
+def solver_efforts() -> str:
+    """The same on fewer rows and more tokens, at every effort."""
+    return _solver(stored("solver_efforts"))
+
+
+def _solver(data: dict[str, Any]) -> str:
     how, systems = data["conditions"], {"decoupleQ's algorithm": data["reference"]}
     systems |= {f"ours, {effort}": row for effort, row in data["ours"].items()}
     rows = [
         [name, f"{row['seconds']:.1f}", f"{row['loss']:.4f}", f"{row['held_out']:.4f}"]
         for name, row in systems.items()
     ]
-    joint = "; ".join(
-        f"2, 3 and 4 bits jointly at effort {effort} take {row['time_ratio']:.2f} times as long as"
-        " one after the other"
-        for effort, row in data["joint"].items()
-    )
     return table(["", "seconds", "loss", "on other inputs"], rows) + (
         f"\n\nConditions: one made-up layer of {how['outputs']:,} x {how['inputs']:,} weights,"
         f" {how['bits']} bits, groups of {how['group_size']}, {how['tokens']:,} tokens, in one"
         f" process with {how['threads']} thread; other work ran beside it (load"
-        f" {how['load_average']['after']:.1f} on {how['cores']} cores at the end). {joint}."
+        f" {how['load_average']['after']:.1f} on {how['cores']} cores at the end)."
     )
 
 
@@ -127,5 +137,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "ranks": ranks,
     "solver": solver,
+    "solver-efforts": solver_efforts,
     "kernels": kernels,
 }

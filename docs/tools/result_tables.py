@@ -168,6 +168,26 @@ def quantizers() -> str:
     )
 
 
+def mixed() -> str:
+    """One nested code at one width for all and at mixed widths."""
+    data = stored("mixed")
+    rows = [
+        [
+            f"budget of {row['budget']:g}" if row["budget"] else "one width",
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['gap']:.4f}",
+            number(row["line"], 4),
+        ]
+        for row in sorted(data["rows"], key=lambda row: row["bits_per_weight"])
+    ]
+    how = data["conditions"]
+    return table(["", "bits a weight", "gap", "on the line between widths"], rows) + (
+        f"\n\nBits count scales and zeros. Conditions: the demo model, effort {how['effort']},"
+        f" {how['tokens']:,} calibration tokens, {how['held_out_tokens']:,} held-out tokens, seed"
+        f" {how['seed']}; torch {how['versions']['torch']}."
+    )
+
+
 def domain_matrix() -> str:
     """Perplexity of every domain in every domain's expert, as in Read-ME's figure."""
     data = stored("domain_matrix")
@@ -271,6 +291,7 @@ TABLES: dict[str, Callable[[], str]] = cost_tables.TABLES | {
     "recovery": recovery,
     "domain-matrix": domain_matrix,
     "quantizers": quantizers,
+    "mixed": mixed,
     "token-widths": token_widths,
     "router-ideas": router_ideas,
 }

@@ -25,7 +25,7 @@ class Costs:
         hessian_prepare: bytes per entry while a Hessian is factored: float64 sums (8), mean (4) and
             normalised copy (4) in float32, float64 copy and its Cholesky factor (16).
         hessian_solve: bytes per entry during the solve: sums (8), mean, copy and factor (12).
-        solver_chunk: bytes of the errors of one chunk of rows at all widths (2^25 float32).
+        solver_chunk: bytes of the errors of one chunk of rows at all widths (2^24 float32).
         solver_buffers: buffers of about that size that are alive at once.
         expert_hessians: bytes of experts' Hessians in float64 that are alive at once.
         written_windows: most windows that the dense model writes at once.
@@ -48,7 +48,7 @@ class Costs:
     hessian_add: float = 20.0
     hessian_prepare: float = 32.0
     hessian_solve: float = 20.0
-    solver_chunk: float = 134e6
+    solver_chunk: float = 67e6
     solver_buffers: float = 3.0
     expert_hessians: float = 2.0**30
     written_windows: int = 64
