@@ -152,8 +152,9 @@ def quantizers() -> str:
         for row in rows
     ]
     more = "; ".join(
-        f"{OURS[system]} {', '.join(f'{gap:.4f}' for gap in by_seed)}"
-        for system, by_seed in data["two_bits_by_seed"].items()
+        f"{OURS.get(row['system'], row['system'])}, {row['bits']} bits,"
+        f" {', '.join(f'{gap:.4f}' for gap in row['gaps'])}"
+        for row in data["by_seed"]
     )
     residual, alone = data["nested_residual_fast"], data["without_generated_text"]
     plain = "; ".join(
@@ -162,8 +163,8 @@ def quantizers() -> str:
     return table(["", "bits", "group", "bits a weight", "gap"], lines) + (
         "\n\nGap: mean over domains of ln ppl - ln ppl(dense). Ours at effort best, which adds"
         " twice as much text as was given, written by the dense model; all others have the given"
-        " text alone; auto-round with zero points and 200 steps. Seed 0; 2 bits at seeds 0, 1 and"
-        f" so on: {more}. Ours without that text: {plain}."
+        " text alone; auto-round with zero points and 200 steps. Seed 0. At seeds 0, 1"
+        f" and so on: {more}. Ours without that text: {plain}."
         f" Residual planes at effort fast: {residual['6']:.4f} at 6 bits, {residual['8']:.4f} at 8."
     )
 
