@@ -37,7 +37,9 @@ from transformers.cache_utils import (
 from fissile.eval.scoring import split_model
 
 # Padded lengths, and numbers of positions chosen for scoring, are multiples of these.
-_LENGTHS, _POSITIONS = 4, 8
+_LENGTHS, _POSITIONS = 4, 16
+# A product of fewer rows takes another path in some BLAS libraries and rounds differently.
+_LEAST_ROWS = 16
 _HEAD_ROWS = 64
 _PROBE_TOKENS = 8
 # Keys that the rows of one batch may attend to, per token of the budget.
@@ -197,13 +199,15 @@ class PrefixScorer:
         self, rows: Sequence[Row], cached: list[Any] | None, at: Sequence[int], size: int
     ) -> list[list[float]]:
         """Log-likelihoods of rows whose prefixes, if cached, are those at the places `at`."""
-        ids_BT = torch.zeros(len(rows), self._padded(rows[0], size), dtype=torch.long)
+        padded = self._padded(rows[0], size)
+        spare = max(0, -(-_LEAST_ROWS // padded) - len(rows))
+        ids_BT = torch.zeros(len(rows) + spare, padded, dtype=torch.long)
         for place, row in enumerate(rows):
             ids_BT[place, : len(row.ids) - size] = torch.tensor(row.ids[size:])
         # No mask: what follows a token does not change a causal model's values.
         inputs: dict[str, Any] = {"input_ids": ids_BT.to(self.device), "use_cache": False}
         if cached is not None:
-            at_B = torch.tensor(at, device=self.device)
+            at_B = torch.tensor([*at, *at[-1:] * spare], device=self.device)
             inputs["past_key_values"] = Cache(layers=[_Shared(layer, at_B) for layer in cached])
             inputs["use_cache"] = True
         ends = [len(row.ids) - size for row in rows]

@@ -8,8 +8,10 @@ takes about a minute on two CPU cores with the demo model.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
+import textwrap
 from pathlib import Path
 
 import torch
@@ -20,10 +22,7 @@ from fissile.config import Quantize
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "def area(width, height):"
-TEXT = (
-    "The river ran high that spring, and the ferry did not cross for a week.\n"
-    "def area(width, height):\n    return width * height\n"
-)
+CONTEXT = 512
 
 
 def main() -> None:
@@ -42,7 +41,8 @@ def main() -> None:
     print(f"{args.out}: {made['bytes'] / 1e6:.1f} MB on disk, all widths")
 
     tokenizer = AutoTokenizer.from_pretrained(args.out, trust_remote_code=True)
-    text = tokenizer(TEXT, return_tensors="pt").input_ids
+    # Any text that the model was not calibrated on.
+    text = tokenizer(inspect.getsource(textwrap), return_tensors="pt").input_ids[:, :CONTEXT]
     prompt = tokenizer(PROMPT, return_tensors="pt")
     stored = json.loads((args.out / "config.json").read_text(encoding="utf-8"))["nested"]["widths"]
     for bits in stored:
