@@ -207,7 +207,7 @@ class PrefixScorer:
         # No mask: what follows a token does not change a causal model's values.
         inputs: dict[str, Any] = {"input_ids": ids_BT.to(self.device), "use_cache": False}
         if cached is not None:
-            at_B = torch.tensor([*at, *at[-1:] * spare], device=self.device)
+            at_B = torch.tensor([*at, *[at[-1]] * spare], device=self.device)
             inputs["past_key_values"] = Cache(layers=[_Shared(layer, at_B) for layer in cached])
             inputs["use_cache"] = True
         ends = [len(row.ids) - size for row in rows]
