@@ -80,3 +80,13 @@ def test_refusals(run_cli: Cli, tiny_model: Path, text_file: Path) -> None:
         code, _, err = run_cli("bench", "mixed", *words)
         assert code == 2
         assert message in err
+
+
+def test_a_folder_of_other_results_is_not_taken_for_ones_own(
+    found: tuple[dict[str, Any], Path], run_cli: Cli, tiny_model: Path, text_file: Path
+) -> None:
+    items = [f"calibration={text_file}", f"held_out={text_file}", f"folder={found[1]}"]
+    given = [part for item in items for part in ("--set", item)]
+    code, _, err = run_cli("bench", "mixed", tiny_model, "-q", *given, "--set", "tokens=2048")
+    assert code == 2
+    assert "holds results with another tokens" in err

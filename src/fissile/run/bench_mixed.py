@@ -12,13 +12,12 @@ from fissile.errors import UsageError
 from fissile.io.units import UnitStore
 from fissile.refactor.training import Progress
 from fissile.run.bench import Bench
-from fissile.run.peers_data import Material, TextSettings, conditions_of, read_material
-from fissile.run.peers_own import Effort
+from fissile.run.peers_data import Material, TextSettings, conditions_of, hold_to, read_material
+from fissile.run.peers_own import Effort, quantized
 
 if TYPE_CHECKING:
     from fissile.quant.layers import QuantizedLayer
 
-_BATCH_TOKENS = 8192
 _WIDTHS = (2, 3, 4)
 
 
@@ -48,52 +47,35 @@ def run(settings: MixedBench, progress: Progress) -> dict[str, Any]:
         widths; "conditions".
 
     Raises:
-        UsageError: no model, or a budget that no mix of widths meets.
+        UsageError: no model, a budget that no mix of widths meets, or a folder with results of
+            another model or text.
     """
     from fissile.eval.result import machine, versions
+    from fissile.quant.layers import final_layer
+    from fissile.run.nesting import nested_solver
 
     if not settings.budgets:
         raise UsageError("budgets: name at least one, in bits per weight")
     material = read_material(settings)
-    material.root.mkdir(parents=True, exist_ok=True)
+    conditions = conditions_of(material)
+    hold_to(material.root, conditions)
     wanted = Quantize.model_validate(
         {"widths": _WIDTHS, "effort": settings.effort, "tokens": settings.tokens, "budget": "4bpw"}
     )
     store = UnitStore(material.root / f"{settings.effort}_{settings.seed}")
-    layers = _quantized(material, wanted, store, settings.seed, progress)
+    solver = nested_solver(wanted, settings.seed)
+    _, count = quantized(material, wanted, solver, settings.seed, store, progress)
+    layers = [final_layer(store, i) for i in range(count)]
     rows = _Rows(material, layers, settings.seed, progress, 3 + len(settings.budgets))
     for bits in _WIDTHS:
         rows.add(None, bits)
     for budget in settings.budgets:
         rows.add(budget, _widths(material, store, wanted, budget))
     told = {"effort": settings.effort, "seed": settings.seed, "group_size": wanted.group_size}
-    conditions = {**conditions_of(material), **told, "versions": versions(), **machine()}
-    return {"rows": rows.found, "conditions": conditions}
-
-
-def _quantized(
-    material: Material, wanted: Quantize, store: UnitStore, seed: int, progress: Progress
-) -> list[QuantizedLayer]:
-    """The layers, with what each weight costs at each width; a run that was stopped goes on."""
-    from fissile.models.stream import StreamedModel
-    from fissile.quant.layers import quantize_model
-    from fissile.run.generated import with_generated
-    from fissile.run.nesting import nested_solver
-
-    ids_NS, _ = material.windows(seed)
-    text = UnitStore(material.root / "text" / f"seed_{seed}")
-    return list(
-        quantize_model(
-            StreamedModel(material.source),
-            with_generated(material.source, ids_NS, wanted.generated, seed, text, progress),
-            nested_solver(wanted, seed),
-            group_size=wanted.group_size,
-            attention=True,
-            batch_tokens=_BATCH_TOKENS,
-            store=store,
-            progress=progress,
-        )
-    )
+    return {
+        "rows": rows.found,
+        "conditions": {**conditions, **told, "versions": versions(), **machine()},
+    }
 
 
 def _widths(

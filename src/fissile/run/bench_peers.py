@@ -17,7 +17,7 @@ from fissile.refactor.training import Progress
 from fissile.run.bench import Bench
 from fissile.run.context import stop_on_signals
 from fissile.run.peers import RECIPES, Job, Peer, quantize, read_result, read_weights, replaced
-from fissile.run.peers_data import Material, TextSettings, conditions_of, read_material
+from fissile.run.peers_data import Material, TextSettings, conditions_of, hold_to, read_material
 from fissile.run.peers_own import Effort, Ours, OwnJob, score_own
 from fissile.run.peers_table import Measured, table
 
@@ -74,7 +74,7 @@ def run(settings: PeersBench, progress: Progress) -> dict[str, Any]:
     material = _material(settings)
     root = material.root
     conditions = {**conditions_of(material), "precision": settings.precision}
-    _same_conditions(root, conditions)
+    hold_to(root, conditions)
     reasons = _missing_packages(settings, progress)
     jobs, stop = list(_jobs(settings)), threading.Event()
     measured: list[Measured] = []
@@ -106,17 +106,6 @@ def _material(settings: PeersBench) -> Material:
     if "nested-residual" in settings.ours and 4 not in settings.widths:
         raise UsageError(f"widths {list(settings.widths)}: nested-residual adds 6 and 8 bits to 4")
     return read_material(settings)
-
-
-def _same_conditions(root: Path, conditions: dict[str, Any]) -> None:
-    path = root / "conditions.json"
-    if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        other = [key for key, value in conditions.items() if kept.get(key) != value]
-        if other:
-            raise UsageError(f"{root}: holds results with another {', '.join(other)}")
-    root.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(path, conditions)
 
 
 def _missing_packages(settings: PeersBench, progress: Progress) -> dict[str, str]:

@@ -174,3 +174,19 @@ def conditions_of(material: Material) -> dict[str, Any]:
         "context": material.context,
         "held_out_tokens": material.held_out_tokens,
     }
+
+
+def hold_to(root: Path, conditions: dict[str, Any]) -> None:
+    """Let a folder hold results of these conditions only; it is made if need be.
+
+    Raises:
+        UsageError: it holds results of others.
+    """
+    path = root / "conditions.json"
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        other = [key for key, value in conditions.items() if kept.get(key) != value]
+        if other:
+            raise UsageError(f"{root}: holds results with another {', '.join(other)}")
+    root.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(path, conditions)

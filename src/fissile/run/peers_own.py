@@ -15,6 +15,7 @@ from fissile.refactor.training import Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fissile.io.units import UnitStore
     from fissile.quant.solvers import Solver
     from fissile.run.peers_data import Material
 
@@ -93,8 +94,7 @@ def score_own(
         where one process did the whole job.
     """
     from fissile.io.units import UnitStore
-    from fissile.models.stream import StreamedModel
-    from fissile.quant.layers import final_layer, quantize_model
+    from fissile.quant.layers import final_layer
     from fissile.run.nesting import decoded, loaded_bits
     from fissile.run.tuning import Tuning
 
@@ -104,18 +104,8 @@ def score_own(
     whole = not (folder / "units").exists()
     store = UnitStore(folder / "units")
     began, processor = time.perf_counter(), time.process_time()
-    ids_NS = _text(job, material, settings, progress)
-    layers = quantize_model(
-        StreamedModel(material.source),
-        ids_NS,
-        _solver(job, settings),
-        group_size=job.group_size,
-        attention=True,
-        batch_tokens=_BATCH_TOKENS,
-        store=store,
-        progress=progress,
-    )
-    count = sum(1 for _ in layers)
+    solver = _solver(job, settings)
+    ids_NS, count = quantized(material, settings, solver, job.seed, store, progress)
     if settings.tune.steps:
         windows = f"seed_{job.seed}_{len(ids_NS)}_windows"
         targets = UnitStore(material.root / "teacher" / windows)
@@ -135,14 +125,47 @@ def score_own(
     return rows
 
 
-def _text(job: OwnJob, material: Material, settings: Quantize, progress: Progress) -> Tensor:
-    """Calibration windows, and those that the model writes, which all jobs of a seed share."""
+def quantized(
+    material: Material,
+    settings: Quantize,
+    solver: Solver,
+    seed: int,
+    store: UnitStore,
+    progress: Progress,
+) -> tuple[Tensor, int]:
+    """Quantize the model of a bench into a store; what is there already is not done again.
+
+    Args:
+        material: model and text.
+        settings: of the quantization.
+        solver: that they ask for.
+        seed: of the windows.
+        store: of the layers.
+        progress: called as (stage, done, total, detail).
+
+    Returns:
+        Windows int64 (N, S), those that the model wrote among them, and the number of layers.
+    """
     from fissile.io.units import UnitStore
+    from fissile.models.stream import StreamedModel
+    from fissile.quant.layers import quantize_model
     from fissile.run.generated import with_generated
 
-    ids_NS, _ = material.windows(job.seed)
-    store = UnitStore(material.root / "text" / f"seed_{job.seed}")
-    return with_generated(material.source, ids_NS, settings.generated, job.seed, store, progress)
+    given_NS, _ = material.windows(seed)
+    text = UnitStore(material.root / "text" / f"seed_{seed}")
+    source, times = material.source, settings.generated
+    ids_NS = with_generated(source, given_NS, times, seed, text, progress)
+    layers = quantize_model(
+        StreamedModel(source),
+        ids_NS,
+        solver,
+        group_size=settings.group_size,
+        attention=True,
+        batch_tokens=_BATCH_TOKENS,
+        store=store,
+        progress=progress,
+    )
+    return ids_NS, sum(1 for _ in layers)
 
 
 def _solver(job: OwnJob, settings: Quantize) -> Solver:
