@@ -7,57 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fissile.quant.effort import Plan
 from fissile.quant.floats import refit
 from fissile.quant.integers import Floats, Levels, Noise, descend, start
 from fissile.quant.metric import Metric, take
 from fissile.quant.ranges import half_steps, initial_floats, round_floats, search
 
-Effort = Literal["fast", "balanced", "best"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much work a solve does.
-
-    Attributes:
-        shrinks: range candidates, factors of the min-max half-range.
-        multipliers: greedy starts; how far each grid reaches, in units of the searched range.
-        ridges: of the Hessian, stage after stage, in units of the one asked for; the last is 1.
-            Under a large ridge columns hardly make up for each other and codes stay near the
-            weights; as it falls, codes that are near each other at all widths follow, where a
-            start under the small one has each width run its own way.
-        alternations: rounds of coordinate descent and float step, of every stage.
-        sweeps: descent passes a round.
-        retries: rounds that first propose new codes for the floats found so far: a greedy start
-            and `samples` sampled ones (Klein) around floats that are moved a little, each polished
-            by one descent pass. Alternating alone ends where codes and floats fit each other.
-        samples: sampled proposals a retry.
-    """
-
-    shrinks: tuple[float, ...]
-    multipliers: tuple[float, ...]
-    ridges: tuple[float, ...]
-    alternations: int
-    sweeps: int
-    retries: int
-    samples: int
-
-    @property
-    def copies(self) -> int:
-        """Most copies of the rows that are alive at once."""
-        return max(len(self.multipliers), 1 + self.samples if self.retries else 1)
-
-
-PLANS: dict[str, Plan] = {
-    "fast": Plan((0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0), (1.0,), (1,), 1, 1, 0, 0),
-    "balanced": Plan(tuple(x / 20 for x in range(5, 23, 2)), (1.0,), (30, 10, 3, 1), 1, 1, 1, 1),
-    "best": Plan(tuple(x / 20 for x in range(5, 23)), (1.0, 1.12), (100, 30, 10, 3, 1), 2, 1, 2, 5),
-}
 # Found on correlated synthetic layers: 0.003 samples too little, 0.1 too much, flat between.
 TEMPERATURE = 0.02
 # Spread of sampled floats: of a scale in its own size, of a zero in steps of the narrowest width.

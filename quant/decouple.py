@@ -21,8 +21,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fissile.config import Effort
 from fissile.kernels import layout
-from fissile.quant.alternate import PLANS, Alternation, Effort, Plan, State
+from fissile.quant.alternate import Alternation, State
+from fissile.quant.effort import PLANS, Plan
 from fissile.quant.floats import loss_rows
 from fissile.quant.integers import Levels
 from fissile.quant.metric import prepare, take

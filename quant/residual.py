@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from fissile.config import Effort
 from fissile.kernels import layout
-from fissile.quant.alternate import Effort
 from fissile.quant.decouple import solve, with_loss
 from fissile.quant.nested import NestedWeight
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from fissile.kernels.layout import tied_floats
-from fissile.quant.alternate import Plan, State
+from fissile.quant.alternate import State
+from fissile.quant.effort import Plan
 from fissile.quant.floats import System, newton_step, quadratic
 from fissile.quant.integers import Floats, Levels, descend, start
 from fissile.quant.metric import Metric, take

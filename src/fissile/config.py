@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from fissile.config_quantize import BlockStage as BlockStage
+from fissile.config_quantize import Effort as Effort
 from fissile.config_quantize import Quantize as Quantize
 from fissile.config_quantize import Strict as Strict
 from fissile.config_quantize import Tune as Tune

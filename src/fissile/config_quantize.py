@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Width = Literal[2, 3, 4, 6, 8]
+Effort = Literal["fast", "balanced", "best"]
 
 
 class Strict(BaseModel):
@@ -117,7 +118,7 @@ class Quantize(Strict):
         description="weight of each width's loss, relative to 4^width; or 'balanced' (as here),"
         " '2-bit first', '4-bit first'",
     )
-    effort: Literal["fast", "balanced", "best"] = Field(
+    effort: Effort = Field(
         "balanced", description="rounds of the solver; balanced and best train blocks, best tunes"
     )
     tied: bool = Field(

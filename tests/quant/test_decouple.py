@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from tests.quant import layers
+from torch import Tensor
 
+from fissile.config import Effort
 from fissile.kernels import layout
-from fissile.quant.alternate import PLANS
+from fissile.quant import alternate, integers
 from fissile.quant.baselines import gptq, rtn
-from fissile.quant.decouple import Effort, solve
+from fissile.quant.decouple import solve
+from fissile.quant.effort import PLANS
 from fissile.quant.nested import NestedWeight
 
 EFFORTS: tuple[Effort, ...] = ("fast", "balanced", "best")
@@ -134,6 +138,20 @@ def test_a_falling_ridge_ends_lower_than_the_same_work_under_the_last(
     flat = replace(PLANS[effort], ridges=(1.0,) * len(PLANS[effort].ridges))
     monkeypatch.setitem(PLANS, effort, flat)
     assert falling < 0.995 * float(solve(weight, hessian, effort=effort).history[-1].sum())
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_a_plan_counts_the_work_of_a_solve(effort: Effort, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def counted(weight_BIO: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows.append(weight_BIO.shape[-1])
+        return integers.descend(weight_BIO, *args, **kwargs)
+
+    monkeypatch.setattr(alternate, "descend", counted)
+    outputs, plan = 16, PLANS[effort]
+    solve(layers.weight(outputs, 64), layers.hessian(64, "power"), effort=effort, companding=1.0)
+    assert sum(rows) == outputs * (plan.proposals + plan.rounds)
 
 
 def test_sampled_floats_stay_inside_float16() -> None:

@@ -16,13 +16,13 @@ from pydantic import ValidationError
 from tests.quant import layers
 from torch import Tensor
 
-from fissile.config import Quantize
+from fissile.config import Effort, Quantize
 from fissile.eval.tokens import load_tokenizer
 from fissile.kernels import layout
 from fissile.models.source import CheckpointSource, load_source
 from fissile.quant import tied as module
-from fissile.quant.alternate import PLANS, Effort
 from fissile.quant.decouple import solve
+from fissile.quant.effort import PLANS
 from fissile.quant.nested import NestedWeight
 from fissile.quant.residual import with_residual
 from fissile.quant.soft import SoftFloats

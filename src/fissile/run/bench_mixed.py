@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from fissile.config import Quantize
+from fissile.config import Effort, Quantize
 from fissile.errors import UsageError
 from fissile.io.units import UnitStore
 from fissile.refactor.training import Progress
 from fissile.run.bench import Bench
 from fissile.run.peers_data import Material, TextSettings, conditions_of, hold_to, read_material
-from fissile.run.peers_own import Effort, quantized
+from fissile.run.peers_own import quantized
 
 if TYPE_CHECKING:
     from fissile.quant.layers import QuantizedLayer

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from fissile.config import Effort
 from fissile.errors import CorruptCheckpoint, Interrupted, UsageError
 from fissile.io.publish import atomic_write_bytes, atomic_write_json
 from fissile.refactor.training import Progress
@@ -18,7 +19,7 @@ from fissile.run.bench import Bench
 from fissile.run.context import stop_on_signals
 from fissile.run.peers import RECIPES, Job, Peer, quantize, read_result, read_weights, replaced
 from fissile.run.peers_data import Material, TextSettings, conditions_of, hold_to, read_material
-from fissile.run.peers_own import Effort, Ours, OwnJob, score_own
+from fissile.run.peers_own import Ours, OwnJob, score_own
 from fissile.run.peers_table import Measured, table
 
 Group = Literal[32, 64, 128]

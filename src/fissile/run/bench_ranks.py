@@ -15,12 +15,12 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
 
-from fissile.config import Quantize, Strict
+from fissile.config import Effort, Quantize, Strict
 from fissile.errors import LostProcess, UsageError
 from fissile.eval.result import machine, versions
 from fissile.io.units import UnitStore
@@ -44,7 +44,7 @@ class RanksBench(Strict):
     layers: int = Field(1, ge=1, description="of the model")
     tokens: int = Field(8192, ge=512, description="calibration tokens")
     context: int = Field(512, ge=8, description="tokens of a window")
-    effort: Literal["fast", "balanced", "best"] = "balanced"
+    effort: Effort = "balanced"
     seed: int = Field(0, description="of weights and text")
 
 

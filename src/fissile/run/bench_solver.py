@@ -13,9 +13,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fissile.config import Strict
+from fissile.config import Effort, Strict
 from fissile.eval.result import machine, versions
-from fissile.quant.alternate import Effort
 from fissile.quant.decouple import solve
 from fissile.quant.decoupleq_dense import decoupleq_dense
 from fissile.quant.floats import loss_rows

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from fissile.config import Recipe
+from fissile.quant.effort import PLANS
 from fissile.run.costs import COSTS, Costs, Shape, StageCost
 
 # Of one multiple-choice item in each of four domains: four choices after a question.
@@ -348,15 +349,11 @@ class Estimator:
 
     def _solver_products(self) -> float:
         """Operations of one solve per weight and input: O*I*I times this."""
-        starts, proposals, rounds = {
-            "fast": (1, 0, 1),
-            "balanced": (1, 8, 4),
-            "best": (2, 60, 10),
-        }[self.recipe.quantize.effort]
+        plan = PLANS[self.recipe.quantize.effort]
         # A greedy start visits half the pairs of columns, a sweep all; a float step costs about 3.
         greedy, sweep, floats = 1.0, 2.0, 3.0
-        work = starts * (greedy + floats) + proposals * (greedy + sweep + floats)
-        work += rounds * (sweep + floats)
+        work = len(plan.multipliers) * (greedy + floats)
+        work += plan.proposals * (greedy + sweep + floats) + plan.rounds * (sweep + floats)
         return len(self.recipe.quantize.widths) * work
 
     def _export(self) -> StageCost:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fissile.config import Baseline, Quantize
+from fissile.config import Baseline, Effort, Quantize
 from fissile.io.publish import atomic_write_json
 from fissile.refactor.training import Progress
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from fissile.run.peers_data import Material
 
 Ours = Literal[Baseline, "nested", "nested-residual"]
-Effort = Literal["fast", "balanced", "best"]
 _BATCH_TOKENS = 8192
 _TUNED = ("dedicated", "nested", "nested-residual")
 """Systems that are trained as a whole at the end, and on text that the model writes itself."""
