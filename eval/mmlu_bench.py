@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 
 from fissile.errors import FissileError
+from fissile.eval import memory
 from fissile.eval.harness import evaluate_tasks, load_tasks
 from fissile.eval.harness_mmlu import write_tasks
 from fissile.eval.mmlu import mmlu
@@ -34,7 +35,7 @@ from fissile.eval.tokens import load_tokenizer, tokenizer_sha256
 
 Side = Literal["fissile", "lm_eval"]
 _PILOT = 1
-_STATUS = Path("/proc/self/status")
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -202,12 +203,13 @@ def measure_job(job: Job, scratch: Path, out: Path) -> None:
     torch.set_num_threads(job.threads)
     logging.disable(logging.WARNING)
     score = _ours(job) if job.side == "fissile" else _theirs(job, scratch)
-    before = _reset_peak()
+    before = memory.reset_peak(_CPU)
     wall, cpu = time.perf_counter(), time.process_time()
     found = score()
     seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-    peak = None if before is None else max(0, _memory("VmHWM") - before)
-    numbers = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak}
+    peak = memory.peak(_CPU)
+    grown = None if before is None or peak is None else max(0, peak - before)
+    numbers = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": grown}
     out.write_text(json.dumps({**asdict(job), **numbers, **found}, default=str), encoding="utf-8")
 
 
@@ -232,19 +234,3 @@ def _theirs(job: Job, scratch: Path) -> Callable[[], dict[str, Any]]:
     lm = HFLM(folder, dtype="float32", device="cpu", batch_size=job.batch)
     lm.loglikelihood = partial(lm.loglikelihood, disable_tqdm=True)
     return lambda: {"items": harness_items(evaluate_tasks(lm, loaded, job.limit))}
-
-
-def _reset_peak() -> int | None:
-    """Resident bytes now, from which the peak is counted; None where the system does not say."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _memory("VmRSS")
-
-
-def _memory(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(f"{_STATUS} has no {field}")

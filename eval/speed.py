@@ -14,7 +14,6 @@ Shapes: B batch, S tokens of a prompt.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import random
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fissile.errors import UsageError
+from fissile.eval import memory
 from fissile.eval.result import code, machine, model_sha256, versions
 from fissile.eval.run import check_bits, default_bits, load_model, model_folder, read_config
 from fissile.eval.tokens import model_limits
@@ -187,13 +187,13 @@ def _round(model: Any, ids_BS: Tensor, steps: int) -> Iterator[tuple[Phase, floa
     )
     for phase, work in phases:
         with torch.inference_mode():
-            before = _reset_peak(ids_BS.device)
+            before = memory.reset_peak(ids_BS.device)
             began = time.perf_counter()
             work()
             if ids_BS.is_cuda:
                 torch.cuda.synchronize(ids_BS.device)
             seconds = time.perf_counter() - began
-        peak = _peak(ids_BS.device)
+        peak = memory.peak(ids_BS.device)
         working = None if before is None or peak is None else max(0, peak - before)
         yield phase, seconds, working
 
@@ -242,39 +242,6 @@ def _check_length(candidates: Sequence[Candidate], length: int) -> None:
                 f"{one.name}: prompt and steps are {length} tokens, the model's maximum is"
                 f" {longest}"
             )
-
-
-def _reset_peak(device: torch.device) -> int | None:
-    """Forget the high-water mark; returns the bytes that are in use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    # Memory that was freed but kept would be used again without being seen.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _status("VmRSS")
-
-
-def _peak(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int | None:
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    for line in text.splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _load_average() -> list[float] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fissile.run import bench_solver
 from fissile.run.bench import BENCHES, list_benches
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -38,7 +39,10 @@ def test_a_small_layer(run_cli: Cli, tmp_path: Path) -> None:
     assert quality["recall_at_k"] > 2 * quality["chance"]
 
 
-def test_the_solver_against_the_reference(run_cli: Cli) -> None:
+def test_the_solver_against_the_reference(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = 4 * (48 * 128 + 128 * 128)
+    monkeypatch.setattr(bench_solver, "reset_peak", lambda _: 1_000)
+    monkeypatch.setattr(bench_solver, "peak", lambda _: 1_000 + 2 * held)
     sizes = ["outputs=48", "inputs=128", "tokens=512", "efforts=[fast, balanced]"]
     sizes.append("joint=[fast]")
     flags = [part for item in sizes for part in ("--set", item)]
@@ -54,7 +58,15 @@ def test_the_solver_against_the_reference(run_cli: Cli) -> None:
     assert {*row["joint"]} == {"fast"}
     joint = row["joint"]["fast"]
     assert joint["time_ratio"] == joint["seconds"] / joint["alone_seconds"]
+    for found in (*ours.values(), joint):
+        assert found["memory_ratio"] == 3  # weight and Hessian themselves are counted
     assert {"load_average", "threads", "versions", "counted"} <= {*row["conditions"]}
+    code, text, err = run_cli("bench", "solver", "-q", "--json", *flags, "--set", "reference=false")
+    assert code == 0, err
+    alone = json.loads(text)
+    assert alone["reference"] == {}
+    assert alone["ours"]["fast"]["loss"] == ours["fast"]["loss"]
+    assert not any(name.endswith("loss_ratio") for name in alone["ours"]["fast"])
     code, _, err = run_cli("bench", "solver", "--set", "inputs=100")
     assert code == 2
     assert "inputs 100: not groups of 64" in err

@@ -14,13 +14,18 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fissile.config import Effort, Strict
+from fissile.eval.memory import peak, reset_peak
 from fissile.eval.result import machine, versions
+from fissile.kernels import layout
 from fissile.quant.decouple import solve
 from fissile.quant.decoupleq_dense import decoupleq_dense
 from fissile.quant.floats import loss_rows
+from fissile.quant.nested import NestedWeight
 from fissile.refactor.training import Progress
 from fissile.run.bench import Bench
 from fissile.run.context import peak_rss_bytes
+
+_RATIOS = {"seconds": "time_ratio", "loss": "loss_ratio", "held_out": "held_out_ratio"}
 
 
 class SolverBench(Strict):
@@ -36,6 +41,7 @@ class SolverBench(Strict):
     joint: tuple[Effort, ...] = Field(
         (), description="efforts at which 2, 3 and 4 bits are solved jointly and each alone"
     )
+    reference: bool = Field(True, description="decoupleQ's algorithm too; slow where I is large")
     seed: int = Field(0, description="of weights and inputs")
 
     @model_validator(mode="after")
@@ -54,39 +60,28 @@ def bench_solver(settings: SolverBench, progress: Progress) -> dict[str, Any]:
 
     Returns:
         Seconds and relative losses on calibration and on held-out inputs of the reference and of
-        every effort, with the ratios to the reference; conditions.
+        every effort, with the ratios to the reference; peak memory in units of weight and Hessian;
+        conditions.
     """
     load = os.getloadavg()[0]
     weight_OI, fit_II, held_II = _layer(settings)
-    total = len(settings.efforts) + 1
-    began = time.perf_counter()
-    dense = decoupleq_dense(weight_OI, fit_II, settings.bits, settings.group_size)
-    reference = {"seconds": time.perf_counter() - began}
-    reference |= _losses(dense.weight_OI, weight_OI, fit_II, held_II)
-    progress("solver", 1, total, f"reference {reference['seconds']:.1f} s")
+    reference: dict[str, Any] = {}
+    if settings.reference:
+        began = time.perf_counter()
+        dense = decoupleq_dense(weight_OI, fit_II, settings.bits, settings.group_size)
+        reference = {"seconds": time.perf_counter() - began, "by_step": dense.seconds}
+        reference |= _losses(dense.weight_OI, weight_OI, fit_II, held_II)
+        progress("solver", 0, len(settings.efforts), f"reference {reference['seconds']:.1f} s")
     rows: dict[str, Any] = {}
     for effort in settings.efforts:
-        began = time.perf_counter()
-        nested = solve(
-            weight_OI,
-            fit_II,
-            widths=(settings.bits,),
-            group_size=settings.group_size,
-            effort=effort,
-            seed=settings.seed,
-        )
-        seconds = time.perf_counter() - began
-        losses = _losses(nested.dequantize(settings.bits), weight_OI, fit_II, held_II)
-        rows[effort] = {
-            "seconds": seconds,
-            **losses,
-            "time_ratio": seconds / reference["seconds"],
-            "loss_ratio": losses["loss"] / reference["loss"],
-            "held_out_ratio": losses["held_out"] / reference["held_out"],
-        }
-        progress("solver", 1 + len(rows), total, f"{effort} {seconds:.1f} s")
+        nested, row = _solved(settings, effort, (settings.bits,), weight_OI, fit_II)
+        row |= _losses(nested.dequantize(settings.bits), weight_OI, fit_II, held_II)
+        for key, ratio in _RATIOS.items() if reference else ():
+            row[ratio] = row[key] / reference[key]
+        rows[effort] = row
+        progress("solver", len(rows), len(settings.efforts), f"{effort} {row['seconds']:.1f} s")
     return {
-        "reference": {**reference, "by_step": dense.seconds},
+        "reference": reference,
         "ours": rows,
         "joint": {e: _joint(settings, e, weight_OI, fit_II) for e in settings.joint},
         "peak_rss_bytes": peak_rss_bytes(),
@@ -131,24 +126,41 @@ def _losses(
     return found
 
 
+def _solved(
+    settings: SolverBench,
+    effort: Effort,
+    widths: tuple[int, ...],
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+) -> tuple[NestedWeight, dict[str, Any]]:
+    """Solve for some widths: seconds, and the most memory with weight and Hessian, in their size.
+
+    The memory is None where the system does not count.
+    """
+    before = reset_peak(weight_OI.device)
+    began = time.perf_counter()
+    nested = solve(
+        weight_OI,
+        hessian_II,
+        widths=widths,
+        group_size=settings.group_size,
+        effort=effort,
+        seed=settings.seed,
+    )
+    seconds, most = time.perf_counter() - began, peak(weight_OI.device)
+    grown = None if before is None or most is None else max(0, most - before)
+    ratio = None if grown is None else 1 + grown / (weight_OI.nbytes + hessian_II.nbytes)
+    return nested, {"seconds": seconds, "memory_ratio": ratio}
+
+
 def _joint(
     settings: SolverBench, effort: Effort, weight_OI: Tensor, hessian_II: Tensor
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Seconds of three widths in one code, and of the same widths one by one."""
-    seconds = []
-    for widths in ((2, 3, 4), (2,), (3,), (4,)):
-        began = time.perf_counter()
-        solve(
-            weight_OI,
-            hessian_II,
-            widths=widths,
-            group_size=settings.group_size,
-            effort=effort,
-            seed=settings.seed,
-        )
-        seconds.append(time.perf_counter() - began)
-    alone = sum(seconds[1:])
-    return {"seconds": seconds[0], "alone_seconds": alone, "time_ratio": seconds[0] / alone}
+    args = (weight_OI, hessian_II)
+    row = _solved(settings, effort, layout.NESTED, *args)[1]
+    alone = sum(_solved(settings, effort, (k,), *args)[1]["seconds"] for k in layout.NESTED)
+    return row | {"alone_seconds": alone, "time_ratio": row["seconds"] / alone}
 
 
 BENCH = Bench(SolverBench, bench_solver)
