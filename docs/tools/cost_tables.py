@@ -124,6 +124,24 @@ def _solver(data: dict[str, Any]) -> str:
     )
 
 
+def billion() -> str:
+    """A model of 1.1 billion weights, layer by layer."""
+    data = stored("billion")
+    how, made = data["conditions"], data["checkpoint"]
+    row = [
+        f"{data['peak_rss_bytes'] / 1e9:.2f}",
+        f"{data['quantize_seconds'] / 60:.0f}",
+        f"{data['seconds'] / 60:.0f}",
+        f"{data['artifact_bytes'] / 1e9:.2f}",
+    ]
+    head = ["peak memory, GB", "minutes of quantizing", "with export and verify", "artifact, GB"]
+    return table(head, [row]) + (
+        f"\n\nConditions: random {made['dtype']} weights ({made['weights']:,}), widths 2, 3 and 4,"
+        f" effort fast, 10,240 tokens, {how['threads']} thread; {how['beside']}; memory is the"
+        f" largest resident set of the whole command; commit {how['commit']}, {how['date']}."
+    )
+
+
 def kernels() -> str:
     """First product of the table that `bench kernels --set readme=docs/results.md` writes."""
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
@@ -138,5 +156,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "ranks": ranks,
     "solver": solver,
     "solver-efforts": solver_efforts,
+    "billion": billion,
     "kernels": kernels,
 }

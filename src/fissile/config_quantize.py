@@ -96,7 +96,7 @@ class _Work(NamedTuple):
 _EFFORT_WORK = {
     "fast": _Work(0.0, 0, 0, 1.0, 0),
     "balanced": _Work(0.5, 10, 0, 1.0, 0),
-    "best": _Work(0.5, 100, 120, None, 2),
+    "best": _Work(0.5, 100, 360, None, 2),
 }
 
 
