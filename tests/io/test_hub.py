@@ -47,7 +47,11 @@ def test_local_folders_win(folder: Path, hub: list[Any], monkeypatch: pytest.Mon
     assert hub == []
 
 
-def test_nothing_is_downloaded_unasked(hub: list[Any]) -> None:
+def test_nothing_is_downloaded_unasked(
+    hub: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UsageError, match="--download"):
         resolve_source("org/name")
     for path in ("./org/name", "/org/name", "name", "a/b/c", "../x", "-x/y"):
