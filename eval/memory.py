@@ -28,11 +28,11 @@ def reset_peak(device: torch.device) -> int | None:
     return _status("VmRSS")
 
 
-def peak(device: torch.device) -> int | None:
-    """Most bytes in use since `reset_peak`; None where the system does not count."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
+def growth(before: int | None, device: torch.device) -> int | None:
+    """Bytes by which the most in use since `reset_peak` exceeds what that returned, if anything."""
+    cuda = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) if cuda else _status("VmHWM")
+    return None if before is None or peak is None else max(0, peak - before)
 
 
 def _status(key: str) -> int | None:

@@ -207,8 +207,7 @@ def measure_job(job: Job, scratch: Path, out: Path) -> None:
     wall, cpu = time.perf_counter(), time.process_time()
     found = score()
     seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-    peak = memory.peak(_CPU)
-    grown = None if before is None or peak is None else max(0, peak - before)
+    grown = memory.growth(before, _CPU)
     numbers = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": grown}
     out.write_text(json.dumps({**asdict(job), **numbers, **found}, default=str), encoding="utf-8")
 

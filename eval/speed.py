@@ -193,9 +193,7 @@ def _round(model: Any, ids_BS: Tensor, steps: int) -> Iterator[tuple[Phase, floa
             if ids_BS.is_cuda:
                 torch.cuda.synchronize(ids_BS.device)
             seconds = time.perf_counter() - began
-        peak = memory.peak(ids_BS.device)
-        working = None if before is None or peak is None else max(0, peak - before)
-        yield phase, seconds, working
+        yield phase, seconds, memory.growth(before, ids_BS.device)
 
 
 def _row(

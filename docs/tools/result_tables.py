@@ -141,20 +141,16 @@ def quantizers() -> str:
     """Ours and rivals at equal text, bits per weight counted."""
     data = stored("quantizers")
     rows = sorted(data["rows"], key=lambda r: (r["bits"], r["gap"]))
-    again = {(r["system"], r["bits"], 64): r["gaps"] for r in data["by_seed"]}
-    lines = []
-    for row in rows:
-        gaps = again.get((row["system"], row["bits"], row["group_size"]), [row["gap"]])
-        name = row["system"]
-        lines.append(
-            [
-                f"**{OURS[name]}**" if row["by"] == "fissile" else name,
-                str(row["bits"]),
-                str(row["group_size"]),
-                f"{row['bits_per_weight']:.2f}",
-                *(number(gap, 4) for gap in [*gaps, None, None][:3]),
-            ]
-        )
+    lines = [
+        [
+            f"**{OURS[row['system']]}**" if row["by"] == "fissile" else row["system"],
+            str(row["bits"]),
+            str(row["group_size"]),
+            f"{row['bits_per_weight']:.2f}",
+            *(number(gap, 4) for gap in [*row["gap_by_seed"], None, None][:3]),
+        ]
+        for row in rows
+    ]
     residual, alone = data["nested_residual_fast"], data["without_generated_text"]
     plain = "; ".join(
         f"{name} {', '.join(f'{gap:.4f}' for gap in gaps)}" for name, gaps in alone.items()

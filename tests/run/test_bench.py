@@ -41,8 +41,7 @@ def test_a_small_layer(run_cli: Cli, tmp_path: Path) -> None:
 
 def test_the_solver_against_the_reference(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     held = 4 * (48 * 128 + 128 * 128)
-    monkeypatch.setattr(bench_solver, "reset_peak", lambda _: 1_000)
-    monkeypatch.setattr(bench_solver, "peak", lambda _: 1_000 + 2 * held)
+    monkeypatch.setattr(bench_solver, "growth", lambda *_: 2 * held)
     sizes = ["outputs=48", "inputs=128", "tokens=512", "efforts=[fast, balanced]"]
     sizes.append("joint=[fast]")
     flags = [part for item in sizes for part in ("--set", item)]

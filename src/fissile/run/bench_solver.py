@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fissile.config import Effort, Strict
-from fissile.eval.memory import peak, reset_peak
+from fissile.eval.memory import growth, reset_peak
 from fissile.eval.result import machine, versions
 from fissile.kernels import layout
 from fissile.quant.decouple import solve
@@ -147,8 +147,7 @@ def _solved(
         effort=effort,
         seed=settings.seed,
     )
-    seconds, most = time.perf_counter() - began, peak(weight_OI.device)
-    grown = None if before is None or most is None else max(0, most - before)
+    seconds, grown = time.perf_counter() - began, growth(before, weight_OI.device)
     ratio = None if grown is None else 1 + grown / (weight_OI.nbytes + hessian_II.nbytes)
     return nested, {"seconds": seconds, "memory_ratio": ratio}
 
