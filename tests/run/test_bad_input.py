@@ -142,6 +142,21 @@ def test_empty_calibration_text(
     assert "empty" in err
 
 
+def test_a_refused_run_is_begun_anew_without_a_flag(
+    tiny_model: Path, tmp_path: Path, small_recipe: list[str], run_cli: Cli
+) -> None:
+    """Settings that only the text shows to be wrong leave nothing that a new run would lose."""
+    words = ["run", "demo/moe-nested", "-q", "--model", tiny_model, "--out", tmp_path / "out"]
+    words += [*small_recipe, "--stop-after", "calibrate"]
+    got, _, err = run_cli(*words, "--set", "calibrate.tokens=8")
+    assert (got, "calibration tokens make" in err) == (2, True)
+    assert run_cli(*words)[0] == 0
+    journal = tmp_path / "out" / "journal"
+    assert json.loads((journal / "run.json").read_text())["recipe.calibrate.tokens"] != 8
+    got, _, err = run_cli(*words, "--set", "seed=5")
+    assert (got, "--resume" in err) == (2, True)
+
+
 def test_an_existing_output_is_left_alone(
     finished_run: Path, tiny_model: Path, small_recipe: list[str], run_cli: Cli
 ) -> None:

@@ -114,7 +114,7 @@ class RunContext:
         """A text file of the recipe, or its namesake built from this installation's own text."""
         if given is not None:
             return Path(given)
-        folder = self.out / "journal" / "corpus"
+        folder = self.journal.corpus()
         if not (folder / name).exists():
             from fissile.eval.corpus import build_corpus
 

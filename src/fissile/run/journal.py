@@ -18,6 +18,7 @@ from fissile.io.publish import atomic_write_json
 from fissile.io.units import UnitStore
 
 FORMAT = 1
+_HEAD, _CORPUS = "run.json", "corpus"
 
 
 class Journal:
@@ -29,6 +30,9 @@ class Journal:
         resume: continue an earlier run of the same identity.
         overwrite: discard an earlier run.
 
+    A folder in which a run began and left nothing, because its settings or its text were refused,
+    is begun anew without a flag.
+
     Raises:
         UsageError: the folder exists and neither flag is given, or the identity differs.
     """
@@ -37,18 +41,28 @@ class Journal:
         self, out: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool
     ) -> None:
         self.out, self.folder = out, out / "journal"
-        head = self.folder / "run.json"
+        head = self.folder / _HEAD
         flat = _flatten({"format": FORMAT, **identity})
+        blank = not resume and head.exists() and not self._holds_work()
         if out.exists() and any(out.iterdir()):
             if overwrite and not resume:
                 _discard(out)
-            elif not resume:
+            elif not resume and not blank:
                 raise UsageError(f"{out} exists; pass --resume to continue it or --overwrite")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if head.exists():
+        if head.exists() and not blank:
             _compare(head, flat)
         else:
             atomic_write_json(head, flat)
+
+    def _holds_work(self) -> bool:
+        """Whether a stage is finished or has left a unit; the installation's text is neither."""
+        own = (p for p in self.folder.iterdir() if p.name not in (_HEAD, _CORPUS))
+        return any(p.is_file() or any(p.rglob("*.*")) for p in own)
+
+    def corpus(self) -> Path:
+        """Folder of text built from this installation."""
+        return self.folder / _CORPUS
 
     def store(self, stage: str) -> UnitStore:
         """Units of a stage."""
@@ -79,7 +93,7 @@ class Journal:
 
 def _discard(out: Path) -> None:
     """Remove an earlier run, and nothing else: a folder without a journal is not ours."""
-    if not (out / "journal" / "run.json").exists():
+    if not (out / "journal" / _HEAD).exists():
         raise UsageError(f"{out} is not a run folder (no journal/run.json); it is left as it is")
     shutil.rmtree(out)
     out.mkdir()
