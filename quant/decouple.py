@@ -35,7 +35,7 @@ from fissile.quant.tied import tie
 
 # Bounds on what one pass keeps alive, in float32 values: Hessians of a batch, errors of its rows.
 _HESSIAN_VALUES = 1 << 24
-_ERROR_VALUES = 1 << 24
+_ERROR_VALUES = 1 << 23
 _PROBED_ROWS = 64
 
 

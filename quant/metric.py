@@ -81,15 +81,20 @@ def _factor(h_BII: Tensor, order_BI: Tensor, damp: float) -> tuple[Tensor, Tenso
     diagonal_BI = h_BII.diagonal(dim1=1, dim2=2)
     ridge_B = torch.full((len(h_BII), 1), damp, dtype=h_BII.dtype, device=h_BII.device)
     added_B = torch.zeros_like(ridge_B)
+    info_B = torch.empty(len(h_BII), dtype=torch.int32, device=h_BII.device)
     for _ in range(_MAX_ESCALATIONS + 1):
         diagonal_BI += ridge_B - added_B
         added_B = ridge_B
-        lower_BII = permuted(h_BII, reverse_BI).double()
-        lower_BII, info_B = torch.linalg.cholesky_ex(lower_BII)
+        # In place and in the order of LAPACK, which a symmetric matrix has transposed: this is the
+        # most memory that a solve takes.
+        lower_BII = permuted(h_BII, reverse_BI).double().mT
+        torch.linalg.cholesky_ex(lower_BII, out=(lower_BII, info_B))
         if not info_B.any():
             pivot_BI = lower_BII.diagonal(dim1=1, dim2=2).clone()
             lower_BII.div_(pivot_BI[:, None, :]).diagonal(dim1=1, dim2=2).zero_()
-            return lower_BII.float().flip(1, 2), pivot_BI.square().float().flip(1)
+            feedback_BII = torch.empty_like(h_BII).copy_(lower_BII)
+            del lower_BII
+            return feedback_BII.flip(1, 2), pivot_BI.square().float().flip(1)
         ridge_B = torch.where(info_B[:, None] > 0, ridge_B * 10, ridge_B)
     raise ValueError(f"hessian {int(info_B.argmax())} of the batch is not positive semi-definite")
 
