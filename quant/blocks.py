@@ -28,7 +28,7 @@ from fissile.models.routers_fissile import Route
 from fissile.quant.nested import NestedWeight
 from fissile.quant.soft import SoftFloats
 from fissile.quant.spill import Windows
-from fissile.workers import Workers
+from fissile.workers import Workers, gradients
 
 _HELD_OUT = 8
 """One window in so many judges the outcome and is not trained on."""
@@ -143,7 +143,7 @@ class BlockTrainer:
                 with self._products():
                     error = self._error(bits, own) * (len(own) / len(windows))
                 error.backward()
-            self._sum_gradients([parameter for parameter, _ in moving])
+            self._workers.sum_(gradients(parameter for parameter, _ in moving))
             optimizer.step()
         optimizer.zero_grad()
         after = self._held_out_error(bits)
@@ -212,12 +212,3 @@ class BlockTrainer:
         """This process's part of some windows."""
         mine = self._workers.share(len(windows))
         return windows[mine.start : mine.stop]
-
-    def _sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Give every process the gradient of all windows."""
-        if self._workers.count == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self._workers.sum_([p.grad for p in parameters if p.grad is not None])

@@ -23,7 +23,7 @@ from fissile.errors import CorruptCheckpoint, QualityGate
 from fissile.io.publish import atomic_write_bytes
 from fissile.refactor.schedules import Schedule, learning_rate
 from fissile.refactor.sharding import is_cut, like, whole
-from fissile.workers import Workers
+from fissile.workers import Workers, gradients
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -184,12 +184,9 @@ def _gradients(
         loss = loss_of(batch) / accumulate
         loss.backward()
         total += loss.detach().double().cpu()
-    for parameter in ordered:
-        # An expert that no token chose: the same in every process and after every resume.
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    found = zip(ordered, gradients(ordered), strict=True)
     # What is cut over the processes has been averaged on its way.
-    workers.mean_([p.grad for p in ordered if p.grad is not None and not is_cut(p)])
+    workers.mean_([gradient for parameter, gradient in found if not is_cut(parameter)])
     shared = total.to(workers.device)
     workers.mean_([shared])
     return float(shared)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -189,6 +189,16 @@ def join_workers() -> Workers:
     from accelerate import PartialState
 
     return Workers(PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE))
+
+
+def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Gradients of parameters; zeros, in every process alike, for an expert that no token chose."""
+    found = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        found.append(parameter.grad)
+    return found
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
