@@ -124,6 +124,32 @@ def _solver(data: dict[str, Any]) -> str:
     )
 
 
+def solver_memory() -> str:
+    """The most memory that solving a linear takes, for every shape of a 7B model."""
+    results = stored("solver_memory")["results"]
+    rows = [
+        [
+            f"{how['outputs']:,} x {how['inputs']:,}",
+            *(
+                cell
+                for row in (one["ours"]["fast"], one["joint"]["fast"])
+                for cell in (f"{row['memory_ratio']:.2f}", f"{row['seconds']:.0f}")
+            ),
+        ]
+        for one in results
+        for how in [one["conditions"]]
+    ]
+    how = results[0]["conditions"]
+    load = max(one["conditions"]["load_average"]["after"] for one in results)
+    head = ["", f"{how['bits']} bits", "seconds", "2, 3 and 4 bits in one code", "seconds"]
+    return table(head, rows) + (
+        "\n\nMost memory in use during the solve, weight and Hessian included, in units of these"
+        f" two in float32. Conditions: made-up layers, effort fast, groups of {how['group_size']},"
+        f" {how['threads']} thread; other work ran beside it (load up to {load:.1f} on"
+        f" {how['cores']} cores)."
+    )
+
+
 def billion() -> str:
     """A model of 1.1 billion weights, layer by layer."""
     data = stored("billion")
@@ -156,6 +182,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ranks": ranks,
     "solver": solver,
     "solver-efforts": solver_efforts,
+    "solver-memory": solver_memory,
     "billion": billion,
     "kernels": kernels,
 }
