@@ -24,7 +24,7 @@ from torch import Tensor
 from fissile.config import Effort
 from fissile.kernels import layout
 from fissile.quant.alternate import Alternation, State
-from fissile.quant.effort import PLANS, Plan
+from fissile.quant.effort import ERROR_VALUES, PLANS, Plan
 from fissile.quant.floats import loss_rows
 from fissile.quant.integers import Levels
 from fissile.quant.metric import prepare, take
@@ -33,9 +33,8 @@ from fissile.quant.ranges import half_steps
 from fissile.quant.rows import slices
 from fissile.quant.tied import tie
 
-# Bounds on what one pass keeps alive, in float32 values: Hessians of a batch, errors of its rows.
 _HESSIAN_VALUES = 1 << 24
-_ERROR_VALUES = 1 << 23
+"""Float32 values of the Hessians of layers that are solved at once."""
 _PROBED_ROWS = 64
 
 
@@ -162,7 +161,7 @@ def _solve_batch(
 ) -> NestedWeight:
     batch, outputs, inputs = weight_BOI.shape[-3:]
     per_row = batch * inputs * len(levels.widths) * plan.copies
-    parts = list(slices(outputs, max(64, _ERROR_VALUES // per_row)))
+    parts = list(slices(outputs, max(64, ERROR_VALUES // per_row)))
     states: list[State | None] = [None] * len(parts)
     solved: list[NestedWeight] = []
     for stage, ridge in enumerate(plan.ridges, start=1):

@@ -194,8 +194,8 @@ def _gradients(
 
 def _clip(parameters: Mapping[str, nn.Parameter], bound: float) -> tuple[float, float]:
     """Clip the global L2 norm of the gradient; its L2 and L1 norms before that."""
-    grads = [p.grad for p in parameters.values() if p.grad is not None]
-    norm = sum(float(whole(torch.linalg.vector_norm(grad.float(), 1))) for grad in grads)
+    found = gradients(parameters.values())
+    norm = sum(float(whole(torch.linalg.vector_norm(grad.float(), 1))) for grad in found)
     return float(whole(nn.utils.clip_grad_norm_(list(parameters.values()), bound))), norm
 
 

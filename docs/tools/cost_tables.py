@@ -127,18 +127,13 @@ def _solver(data: dict[str, Any]) -> str:
 def solver_memory() -> str:
     """The most memory that solving a linear takes, for every shape of a 7B model."""
     results = stored("solver_memory")["results"]
-    rows = [
-        [
-            f"{how['outputs']:,} x {how['inputs']:,}",
-            *(
-                cell
-                for row in (one["ours"]["fast"], one["joint"]["fast"])
-                for cell in (f"{row['memory_ratio']:.2f}", f"{row['seconds']:.0f}")
-            ),
-        ]
-        for one in results
-        for how in [one["conditions"]]
-    ]
+    rows = []
+    for one in results:
+        how = one["conditions"]
+        cells = [f"{how['outputs']:,} x {how['inputs']:,}"]
+        for row in (one["ours"]["fast"], one["joint"]["fast"]):
+            cells += [f"{row['memory_ratio']:.2f}", f"{row['seconds']:.0f}"]
+        rows.append(cells)
     how = results[0]["conditions"]
     load = max(one["conditions"]["load_average"]["after"] for one in results)
     head = ["", f"{how['bits']} bits", "seconds", "2, 3 and 4 bits in one code", "seconds"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fissile.families.base import Dims
+from fissile.quant.effort import ERROR_VALUES
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Costs:
         hessian_prepare: bytes per entry while a Hessian is factored: float64 sums (8), mean (4) and
             normalised copy (4) in float32, the factor in float64 (8) and what it is made of (4).
         hessian_solve: bytes per entry during the solve: sums (8), mean, copy and factor (12).
-        solver_chunk: bytes of the errors of one chunk of rows at all widths (2^23 float32).
+        solver_chunk: bytes of the errors of one chunk of rows at all widths, in float32.
         solver_buffers: buffers of about that size that are alive at once.
         expert_hessians: bytes of experts' Hessians in float64 that are alive at once.
         written_windows: most windows that the dense model writes at once.
@@ -48,7 +49,7 @@ class Costs:
     hessian_add: float = 20.0
     hessian_prepare: float = 28.0
     hessian_solve: float = 20.0
-    solver_chunk: float = 34e6
+    solver_chunk: float = 4.0 * ERROR_VALUES
     solver_buffers: float = 7.0
     expert_hessians: float = 2.0**30
     written_windows: int = 64

@@ -43,22 +43,21 @@ class Journal:
         self.out, self.folder = out, out / "journal"
         head = self.folder / _HEAD
         flat = _flatten({"format": FORMAT, **identity})
-        blank = not resume and head.exists() and not self._holds_work()
-        if out.exists() and any(out.iterdir()):
-            if overwrite and not resume:
+        if not resume and out.exists() and any(out.iterdir()):
+            if overwrite:
                 _discard(out)
-            elif not resume and not blank:
+            elif not head.exists() or self._holds_work():
                 raise UsageError(f"{out} exists; pass --resume to continue it or --overwrite")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if head.exists() and not blank:
+        if resume and head.exists():
             _compare(head, flat)
         else:
             atomic_write_json(head, flat)
 
     def _holds_work(self) -> bool:
         """Whether a stage is finished or has left a unit; the installation's text is neither."""
-        own = (p for p in self.folder.iterdir() if p.name not in (_HEAD, _CORPUS))
-        return any(p.is_file() or any(p.rglob("*.*")) for p in own)
+        files = (p.relative_to(self.folder) for p in self.folder.rglob("*") if p.is_file())
+        return any(name.parts[0] not in (_HEAD, _CORPUS) for name in files)
 
     def corpus(self) -> Path:
         """Folder of text built from this installation."""
